@@ -1,0 +1,854 @@
+"""AGRPO: reinforcement learning for masked diffusion language models, in one file.
+
+The algorithm in five lines:
+    1. For each of B prompts denoise G completions; of each token keep the step that revealed it and its log-prob.
+    2. Reward the completions; advantage = reward compared with the other G-1 of the same prompt.
+    3. The policy gradient is a sum over denoising steps t: draw K of them per completion (Eq. 5), spread evenly.
+    4. Rebuild the state x_t each drawn step saw; score what it revealed again; clipped ratio times advantage (Eq. 3, 4).
+    5. Weight each by 1/(K Z p_t), accumulate the gradients of all, then take one optimizer step.
+
+Two commands:
+    python agrpo.py                          a laptop, minutes: trains a tiny diffusion model, then improves it by AGRPO;
+                                             ends with a table of solved Sudokus before and after, and runs/.../curve.png
+    python agrpo.py --task countdown         the same for arithmetic; --help lists every knob of Config below
+
+Glossary, symbol in the paper's sense = name here (equation numbers are this project's own, listed in the README):
+    q prompt (N, P) left padded        o tokens (N, C) final completion           x_t state: o with steps >= t masked again
+    u reveal_step (N, C)               U_t target: positions with u == t          T steps, K mc_steps, Z normalizer
+    A adv (N,)                         r ratio = exp(logp - logp_old)             B prompts x G completions = N rows
+    C completion length                L block length                             V vocabulary, tau temperature
+
+Departs from the paper or its official code in:
+    1. every step until the sampler itself stops counts, also those that reveal the end: the horizon is a stopping time;
+    2. Z = T, a constant, so that the expected gradient is that of E[R] (`--normalizer last_step` is the paper's);
+    3. time steps are stratified per completion, not across the batch; duplicates are merged, weights kept exact;
+    4. where the order of unmasking depends on the model's random choices, its own log-probability is added (Eq. 6);
+    5. a finished row leaves the batch, zero-advantage groups are skipped, and MASK itself is never sampled.
+"""
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import eval as run_folder
+from rewards import TASKS, BadInput, grade, load_examples, load_split, reward_parts
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+@dataclass(frozen=True)
+class Config:
+    """One line per knob; the command line is made from it (reveal_step -> --reveal-step)."""
+    task: str = "sudoku"               # row of rewards.TASKS
+    model: str = "tiny"                # "tiny", or a directory with a checkpoint
+    data: str = ""                     # train and evaluate on this file instead of generated examples
+    seed: int = 0                      # everything random is a function of it
+    device: str = "auto"               # auto, cpu, cuda
+    name: str = ""                     # run folder runs/NAME; default TASK-METHOD-seedSEED
+    max_steps: int = 100               # optimizer steps = rollouts
+    # rollout
+    prompts: int = 16                  # B per step [paper: 16]
+    completions: int = 16              # G per prompt [paper: 8]
+    completion_length: int = 16        # C tokens [paper: 384]
+    block_length: int = 16             # L tokens; blocks are denoised left to right [paper: 12]
+    steps: int = 8                     # T; each reveals C/T tokens [paper: 128]
+    unmasking: str = "confidence"      # row of UNMASK [paper: random]
+    temperature: float = 1.0           # tau [paper: 0.6]
+    top_k: int = 0                     # sample among the k likeliest tokens; 0: all [paper: 150]
+    top_p: float = 1.0                 # ... and among the fewest that hold this much probability; needs top_k [paper: 0.99]
+    # estimator and loss
+    method: str = "agrpo"              # row of VIEWS
+    timesteps: str = "stratified"      # row of TIMESTEPS [paper: batch_entropy]
+    mc_steps: int = 4                  # K time steps drawn per completion [paper: 24]
+    normalizer: str = "steps"          # row of NORMALIZERS [paper: last_step]
+    advantage: str = "std"             # row of ADVANTAGES [paper: mean]
+    clip: float = 0.2                  # eps of Eq. 4
+    # optimizer
+    lr: float = 5e-4                   # AdamW [paper: 5e-6, LoRA]
+    warmup: int = 5                    # steps of linear warm-up
+    decay_steps: int = 0               # cosine decay to zero over this many steps; 0: constant
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    micro_batch: int = 256             # rows per forward and backward; changes memory, never the gradient
+    # evaluation and run folder
+    eval_examples: int = 512           # held-out examples before and after
+    eval_steps: str = "16,8,4"         # denoising steps to evaluate with; the first is the headline
+    eval_every: int = 20               # steps between points of the held-out curve (half the examples); 0: off
+    save_every: int = 1                # steps between checkpoints
+    train_examples: int = 4096         # generated; a file gives all it has
+    # the tiny base model
+    base_steps: int = 1600             # SFT steps
+    base_batch: int = 32               # rows per SFT step
+    base_lr: float = 3e-3
+    base_lazy: float = 0.6             # share of the corpus whose answers follow the lazy rule
+    base_hidden: int = 64              # width; heads of 16
+    base_layers: int = 4
+
+
+TASK_SHAPES = {"countdown": dict(completion_length=12, block_length=12, steps=6, eval_steps="12,6,3")}
+
+
+# --------------------------------------------------------------------------------------------------- policy and sampler
+class Policy:
+    """A model with one verb. Everything below sees a denoiser only through `logits`, mask_id and eos_id."""
+
+    def __init__(self, model, mask_id: int, eos_id: int):
+        self.model, self.mask_id, self.eos_id = model.eval(), mask_id, eos_id        # eval: dropout would break ratio = 1
+
+    def logits(self, prompt: Tensor, prompt_mask: Tensor, state: Tensor, where: Tensor) -> Tensor:
+        """prompt, prompt_mask (N, P); state (N, C) ids; where (N, C) bool -> (n, V) float32, n = where.sum(), row-major.
+
+        The LM head runs only at `where`. Padding is masked and positions count from the first real token, so that a
+        padded row scores as it does alone. MASK gets -inf: it is no token to sample."""
+        ids = torch.cat([prompt, state], 1)                                          # (N, P + C)
+        attention_mask = torch.cat([prompt_mask, torch.ones_like(state)], 1)
+        keep = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), where], 1)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            out = self.model(input_ids=ids, attention_mask=attention_mask, logits_to_keep=keep,
+                             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)).logits
+        logits = out.reshape(-1, out.shape[-1])                                      # (n, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        mask_column = torch.arange(logits.shape[1], device=logits.device) == self.mask_id
+        return logits.masked_fill(mask_column, -math.inf)
+
+
+def generator(*key) -> torch.Generator:
+    """A local generator that depends on its key alone: no hidden state, so any step or row can be repeated alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def sampling_law(logits: Tensor, cfg: Config, support: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Eq. 2: logits (n, V) -> log-probs (n, V) of the tempered, truncated law, and its support ids (n, k), V = none.
+
+    The support is found by top-k, then top-p (the token that crosses p stays in), unless given: the update passes the
+    one of the rollout. None means the whole vocabulary. At temperature 0 the law puts all on the likeliest token."""
+    z, V = logits / (cfg.temperature or 1.0), logits.shape[-1]
+    if cfg.temperature == 0:
+        support = z.argmax(-1, keepdim=True)
+    elif support is None and cfg.top_k:
+        top, support = z.topk(min(cfg.top_k, V), dim=-1)                             # (n, k) in descending order
+        p = top.softmax(-1)
+        support = support.masked_fill(p.cumsum(-1) - p >= cfg.top_p, V)              # the mass before it already reached p
+    if support is not None:
+        allowed = torch.zeros(len(z), V + 1, dtype=torch.bool, device=z.device).scatter_(1, support, True)[:, :V]
+        z = z.masked_fill(~allowed, -math.inf)
+    return z.log_softmax(-1), support
+
+
+def draw_tokens(logp: Tensor, u: Tensor) -> Tensor:
+    """logp (n, V), u (n,) in [0, 1) -> token ids (n,), by inverting the cumulative distribution in float64."""
+    cdf = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1).clamp(max=logp.shape[1] - 1)
+
+
+# Which positions a step reveals. A row of UNMASK has two functions; n positions are open (masked, in the block) in all:
+#   score(logp, conf, token, u) -> (n,): the highest per row are revealed, ties go to the leftmost position
+#   order_logp(...) -> (N,): Eq. 6, log-probability of the choice; None where it carries no gradient
+# logp (n, V) is the sampling law, conf (n, V) the model's plain log-probs (what LLaDA compares), token (n,) the candidates.
+class Unmask(NamedTuple):
+    score: Callable
+    order_logp: Callable | None = None
+
+
+def losing_logp(logp: Tensor, conf: Tensor, token: Tensor, open_: Tensor, revealed: Tensor) -> Tensor:
+    """Eq. 6: log-probability (N,) that every open position not revealed drew a candidate that loses.
+
+    open_, revealed (N, L) bool; a candidate loses if its confidence is below c, the lowest that won, or equal to it but
+    further right. Winners' candidates are accounted for by their own token log-probs."""
+    row, position = open_.nonzero(as_tuple=True)                                     # of each of the n open positions
+    won = revealed[open_]
+    at_token = conf.gather(1, token[:, None]).squeeze(1).detach()                    # (n,)
+    c = torch.full(open_.shape, math.inf, dtype=conf.dtype, device=conf.device)
+    c[row[won], position[won]] = at_token[won]
+    c, worst = c.flip(1).min(1)                                                      # flip: the rightmost of equals
+    worst = open_.shape[1] - 1 - worst
+    row, position, logp, conf = row[~won], position[~won], logp[~won], conf[~won]    # losers only
+    c, worst = c[row, None], worst[row, None]
+    loses = (conf < c) | ((conf == c) & (position[:, None] > worst))                 # (losers, V)
+    log_f = logp.masked_fill(~loses, -math.inf).logsumexp(-1)                        # log F_j(c)
+    return torch.zeros(len(open_), dtype=logp.dtype, device=logp.device).index_add(0, row, log_f)
+
+
+UNMASK = {
+    "random": Unmask(lambda logp, conf, token, u: u),                                # order is independent of theta
+    "confidence": Unmask(lambda logp, conf, token, u: conf.max(-1).values),          # a function of theta without noise
+    "low_confidence": Unmask(lambda logp, conf, token, u: conf.gather(1, token[:, None]).squeeze(1), losing_logp),
+}
+
+
+def choose(score: Tensor, open_: Tensor, n: int) -> Tensor:
+    """The n best scored open positions per row (all if fewer): score (open_.sum(),), open_ (N, L) -> (N, L) bool."""
+    dense = torch.full(open_.shape, -math.inf, dtype=score.dtype, device=score.device)
+    dense[open_] = score
+    best = dense.argsort(dim=1, descending=True, stable=True)[:, :n]
+    return torch.zeros_like(open_).scatter_(1, best, True) & open_
+
+
+@dataclass
+class Trajectory:
+    """What a rollout did, N rows. Together with the parameters it determines everything after the rollout."""
+    prompt: Tensor                     # (N, P) ids, left padded
+    prompt_mask: Tensor                # (N, P) 1 = real token
+    tokens: Tensor                     # (N, C) final completion
+    reveal_step: Tensor                # (N, C) step that revealed the token; T: filled in after the row had finished
+    logp: Tensor                       # (N, C) log-prob of the token under the sampling law when revealed
+    order_logp: Tensor                 # (N, T) log-prob of each step's choice of positions, 0 without a law
+    entropy: Tensor                    # (N, C) of the sampling law when revealed, nats
+    support: Tensor | None             # (N, C, k) ids of the sampling law's support, V = none; None: all
+    nfe: Tensor                        # (N,) denoiser calls the row took part in = its number of steps
+    eos_id: int
+
+    @property
+    def last_step(self) -> Tensor:
+        """(N,) the last step that revealed a token other than EOS; 0 for a completion that is all EOS."""
+        return torch.where(self.tokens != self.eos_id, self.reveal_step, 0).amax(1)
+
+
+@torch.no_grad()
+def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list) -> Trajectory:
+    """Denoise one completion per row of prompt (N, P), block by block, T steps in all.
+
+    keys: one hashable per row. A row's random numbers depend on its key alone, not on its neighbours or its padding.
+    A row is finished, and leaves the batch, once a whole block of it is EOS; the rest is filled with EOS."""
+    N, C, L, T = len(prompt), cfg.completion_length, cfg.block_length, cfg.steps
+    n_reveal, steps_per_block, device = C // T, T * L // C, prompt.device
+    rule, mask_id, eos_id = UNMASK[cfg.unmasking], policy.mask_id, policy.eos_id
+    u = torch.stack([torch.rand(T, 2, L, generator=generator(*key), dtype=torch.float64) for key in keys]).to(device)
+    tokens = prompt.new_full((N, C), mask_id)                                        # while MASK is in it, the state x_t
+    logp_, order_logp_, entropy_ = (torch.zeros(N, width, dtype=torch.float64, device=device) for width in (C, T, C))
+    traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T), logp_, order_logp_, entropy_, None,
+                      torch.zeros_like(tokens[:, 0]), eos_id)
+    rows = torch.arange(N, device=device)                                            # rows not finished
+    for t in range(T):
+        start = t // steps_per_block * L
+        block = slice(start, start + L)
+        open_ = tokens[rows, block] == mask_id                                       # (rows, L)
+        where = torch.zeros(len(rows), C, dtype=torch.bool, device=device)
+        where[:, block] = open_
+        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], where)     # (n, V)
+        logp, support = sampling_law(logits, cfg)
+        candidate = draw_tokens(logp, u[rows, t, 0][open_])
+        conf = logits.log_softmax(-1)
+        revealed = choose(rule.score(logp, conf, candidate, u[rows, t, 1][open_]), open_, n_reveal)
+        won = revealed[open_]                                                        # (n,)
+        i, j = open_.nonzero(as_tuple=True)
+        at = rows[i[won]], start + j[won]
+        traj.tokens[at] = candidate[won]
+        traj.reveal_step[at] = t
+        traj.logp[at] = logp[won].gather(1, candidate[won, None]).squeeze(1).double()
+        traj.entropy[at] = torch.special.entr(logp[won].exp()).sum(-1).double()
+        if support is not None:
+            if traj.support is None:
+                traj.support = tokens.new_zeros((N, C, support.shape[1]))
+            traj.support[at] = support[won]
+        if rule.order_logp:
+            traj.order_logp[rows, t] = rule.order_logp(logp, conf, candidate, open_, revealed).double()
+        traj.nfe[rows] += 1
+        if (t + 1) % steps_per_block == 0:                                           # end of a block
+            rows = rows[~(tokens[rows, block] == eos_id).all(1)]
+            if len(rows) == 0:
+                break
+    tokens[tokens == mask_id] = eos_id                                               # deterministic: carries no loss
+    return traj
+
+
+# ------------------------------------------------------------------------------- states visited, and their steps scored
+def state_at(traj: Trajectory, row: Tensor, step: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """Rebuild x_t: row, step (M,) -> state (M, C) as the denoiser saw it before step t, target (M, C) = revealed by it.
+
+    This is all the memory the method needs: one integer per token is the trajectory."""
+    u = traj.reveal_step[row]                                                        # (M, C)
+    return traj.tokens[row].masked_fill(u >= step[:, None], mask_id), u == step[:, None]
+
+
+def step_logp(policy, traj: Trajectory, row: Tensor, step: Tensor, state: Tensor, target: Tensor, cfg: Config):
+    """Eq. 1, one step of each of M rows under the current parameters: token log-probs (targets,) in row-major order, and
+    the log-probability (M,) of the choice of positions, None if the rule has none. One forward."""
+    rule, where = UNMASK[cfg.unmasking], target
+    if rule.order_logp:                                                              # also the open positions that lost
+        blocks = target.unflatten(1, (-1, cfg.block_length)).any(-1)                 # (M, C/L) the block being denoised
+        where = (state == policy.mask_id) & blocks.repeat_interleave(cfg.block_length, 1)
+    logits = policy.logits(traj.prompt[row], traj.prompt_mask[row], state, where)    # (n, V)
+    won = target[where]                                                              # (n,)
+    support = None if traj.support is None else traj.support[row][target]
+    logp, _ = sampling_law(logits[won], cfg, support)
+    token_logp = logp.gather(1, traj.tokens[row][target][:, None]).squeeze(1)
+    if not rule.order_logp:
+        return token_logp, None
+    L, block = cfg.block_length, blocks.float().argmax(1)                            # cut the block out: (M, C) -> (M, L)
+    open_, revealed = (x.unflatten(1, (-1, L))[torch.arange(len(row), device=row.device), block] for x in (where, target))
+    return token_logp, rule.order_logp(sampling_law(logits, cfg)[0], logits.log_softmax(-1), traj.tokens[row][where],
+                                       open_, revealed)
+
+
+# ------------------------------------------------------------------------------------------- quasi-Monte-Carlo timesteps
+# Eq. 5: sum_{t < m} f_t = E[ sum_k weight_k f(step_k) ]. Points u in [0, 1) (how evenly to spread the draws) go through
+# the inverse distribution of a proposal p_t (where to draw more); weight = 1/(K p_t) keeps the sum unbiased for any pair.
+BELOW_ONE = 1 - 2**-53                 # u may round up to 1, which is no point of [0, 1)
+
+
+def iid(N, K, g):
+    return torch.rand(N, K, generator=g, dtype=torch.float64)
+
+
+def batch_low_discrepancy(N, K, g):
+    """The paper's: N K points, one per cell of an even grid over [0, 1), dealt out at random: even over the batch."""
+    u = (torch.randperm(N * K, generator=g) + torch.rand(N * K, generator=g, dtype=torch.float64)) / (N * K)
+    return u.view(N, K)
+
+
+def row_stratified(N, K, g):
+    """One point in each K-th of [0, 1) for every row: even for each completion, whose advantage the draws share."""
+    return (torch.arange(K) + torch.rand(N, K, generator=g, dtype=torch.float64)) / K
+
+
+def sobol(N, K, g):
+    """Scrambled Sobol: K points of an N-dimensional sequence, a dimension a row (in groups of the engine's maximum)."""
+    most = torch.quasirandom.SobolEngine.MAXDIM
+    seeds = torch.randint(2**31, (-(-N // most),), generator=g).tolist()
+    return torch.cat([torch.quasirandom.SobolEngine(min(most, N - i * most), scramble=True, seed=s)
+                      .draw(K, dtype=torch.float64) for i, s in enumerate(seeds)], 1).T
+
+
+def uniform(horizon, entropy):
+    return (torch.arange(entropy.shape[1]) < horizon[:, None]).double() / horizon[:, None]
+
+
+def by_entropy(floor):
+    """p_t proportional to the summed entropy of the tokens revealed at t, mixed with a uniform floor so that 1/p_t stays
+    bounded. The paper's has none; the tiny constant only stands in for 0/0."""
+    def proposal(horizon, entropy):
+        h = (entropy.double() + 1e-9) * (uniform(horizon, entropy) > 0)
+        return (1 - floor) * h / h.sum(1, keepdim=True) + floor * uniform(horizon, entropy)
+    return proposal
+
+
+def draws(points, proposal):
+    """A row of TIMESTEPS: horizon (N,) = m, entropy (N, T), K, generator -> step (N, K), weight (N, K)."""
+    def rule(horizon, entropy, K, g):
+        p = proposal(horizon, entropy)                                               # (N, T), zero from the horizon on
+        cdf = p.cumsum(1)
+        u = points(len(horizon), K, g).clamp(max=BELOW_ONE)
+        step = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+        step = torch.minimum(step, horizon[:, None] - 1)
+        return step, 1 / (K * p.gather(1, step))
+    return rule
+
+
+def without_replacement(horizon, entropy, K, g):
+    """min(K, m) different steps, each subset equally likely: weight m / min(K, m). K >= m gives the exact sum."""
+    order = torch.rand(entropy.shape, generator=g, dtype=torch.float64)
+    order = order.masked_fill(torch.arange(entropy.shape[1]) >= horizon[:, None], 2.0).argsort(1)[:, :K]
+    drawn = horizon.clamp(max=K)[:, None]
+    weight = torch.where(torch.arange(order.shape[1]) < drawn, horizon[:, None] / drawn, 0.0).double()
+    return order, weight                                                             # weight 0: no draw
+
+
+TIMESTEPS = {
+    "iid": draws(iid, uniform),
+    "batch": draws(batch_low_discrepancy, uniform),
+    "batch_entropy": draws(batch_low_discrepancy, by_entropy(floor=0.0)),            # the paper's
+    "stratified": draws(row_stratified, uniform),
+    "stratified_entropy": draws(row_stratified, by_entropy(floor=0.1)),
+    "sobol": draws(sobol, uniform),
+    "without_replacement": without_replacement,
+}
+
+
+def merge_duplicates(step: Tensor, weight: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, K) draws -> row, step, weight (M,): a step drawn twice for a row is one pass with the sum of the weights."""
+    total = torch.zeros(len(step), T, dtype=weight.dtype).scatter_add_(1, step, weight)     # (N, T)
+    row, step = total.nonzero(as_tuple=True)
+    return row, step, total[row, step]
+
+
+# ------------------------------------------------------------------------------------- advantages, views, the surrogate
+ADVANTAGES = {                         # reward (B, G) -> adv (B, G)
+    "mean": lambda r: r - r.mean(1, keepdim=True),
+    "leave_one_out": lambda r: (r - r.mean(1, keepdim=True)) * r.shape[1] / (r.shape[1] - 1),
+    "std": lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4),
+}
+
+NORMALIZERS = {                        # -> horizon m (N,), Z (N,): the steps that count, and what their sum is divided by
+    "steps": lambda traj, cfg: (traj.nfe, torch.full_like(traj.nfe, cfg.steps)),     # constant Z: gradient of E[R]
+    "last_step": lambda traj, cfg: (traj.last_step + 1, traj.last_step + 1),         # GRPO's length normalisation
+}
+
+
+class Views(NamedTuple):
+    """What a method scores: M pieces of work, one forward and backward row each."""
+    row: Tensor                        # (M,) of the trajectory
+    step: Tensor                       # (M,)
+    state: Tensor                      # (M, C) what the denoiser sees
+    target: Tensor                     # (M, C) bool, positions whose log-prob counts
+    weight: Tensor                     # (M,)
+
+    def select(self, index):
+        return Views(*(x[index] for x in self))
+
+
+def views_from(traj, row, step, weight, mask_id) -> Views:
+    row, step, weight = (x.to(traj.tokens.device) for x in (row, step, weight))
+    return Views(row, step, *state_at(traj, row, step, mask_id), weight)
+
+
+def agrpo_views(traj: Trajectory, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """K drawn states of every completion, weight 1/(K Z p_t) (Eq. 5)."""
+    horizon, Z = (x.cpu() for x in NORMALIZERS[cfg.normalizer](traj, cfg))
+    entropy = torch.zeros(len(horizon), cfg.steps + 1, dtype=torch.float64)
+    entropy.scatter_add_(1, traj.reveal_step.cpu(), traj.entropy.cpu())              # (N, T + 1), the last for what was filled
+    row, step, weight = merge_duplicates(*TIMESTEPS[cfg.timesteps](horizon, entropy[:, :-1], cfg.mc_steps, g), cfg.steps)
+    return views_from(traj, row, step, weight / Z[row], mask_id)
+
+
+def exact_views(traj: Trajectory, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """Every state of every completion: what agrpo estimates, at up to T/K times the cost."""
+    horizon, Z = (x.cpu() for x in NORMALIZERS[cfg.normalizer](traj, cfg))
+    row, step = (torch.arange(cfg.steps) < horizon[:, None]).nonzero(as_tuple=True)
+    return views_from(traj, row, step, 1 / Z[row].double(), mask_id)
+
+
+VIEWS = {"agrpo": agrpo_views, "exact": exact_views}
+
+
+def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Eq. 3 and 4, elementwise: min(r A, clip(r) A) and the ratio r."""
+    ratio = (logp - logp_old).exp()
+    return torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv), ratio.detach()
+
+
+def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+    """Minus Eq. 4 for some of the views, and their token ratios. Losses of disjoint parts add up to that of the whole."""
+    row, target = views.row, views.target
+    logp, order_logp = step_logp(policy, traj, row, views.step, views.state, target, cfg)
+    view_of = target.nonzero(as_tuple=True)[0]                                       # (targets,) the view of each token
+    gain, ratio = surrogate(logp, traj.logp[row][target], adv[row[view_of]], cfg.clip)
+    total = (gain * views.weight[view_of]).sum()                 # tokens of a step are summed: Eq. 1 is a sum over them
+    if order_logp is not None:                                   # once per step: a step makes one choice of positions
+        total = total + (surrogate(order_logp, traj.order_logp[row, views.step], adv[row], cfg.clip)[0] * views.weight).sum()
+    return -total / len(traj.tokens), ratio                      # 1/N: mean over completions, skipped ones (adv 0) included
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+def generate(policy, tokenizer, cfg: Config, examples: list, keys: list) -> tuple[Trajectory, list]:
+    """One completion per example -> trajectory, texts. The one way from an example to a text, in training and evaluation."""
+    device = next(policy.model.parameters()).device
+    prompt, prompt_mask = encode_prompts(tokenizer, [TASKS[cfg.task].prompt(ex) for ex in examples])
+    traj = rollout(policy, prompt.to(device), prompt_mask.to(device), cfg, keys)
+    ended = (traj.tokens == traj.eos_id).int().cumsum(1) > 0                         # a completion ends at its first EOS
+    texts = [tokenizer.decode(row[~end]) for row, end in zip(traj.tokens.cpu(), ended.cpu())]
+    return traj, texts
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up, then constant or cosine. A function of the step alone: nothing to save, nothing to resume."""
+    decay = 0.5 * (1 + math.cos(math.pi * min(1.0, step / cfg.decay_steps))) if cfg.decay_steps else 1.0
+    return cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)) * decay
+
+
+def make_optimizer(policy, cfg: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.99),
+                             weight_decay=cfg.weight_decay, fused=True)
+
+
+def batch_of_examples(examples: list, step: int, cfg: Config) -> list:
+    """B examples for a step: passes over the data, each in an order of its own."""
+    places = range(step * cfg.prompts, (step + 1) * cfg.prompts)
+    order = {e: torch.randperm(len(examples), generator=generator("data", cfg.seed, e)) for e in
+             {i // len(examples) for i in places}}
+    return [examples[order[i // len(examples)][i % len(examples)]] for i in places]
+
+
+def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Config) -> dict:
+    """One step of AGRPO, start to end; returns the row of the log."""
+    # sample: B prompts, G completions each
+    clock = time.perf_counter()
+    batch = [ex for ex in batch_of_examples(examples, step, cfg) for _ in range(cfg.completions)]
+    traj, texts = generate(policy, tokenizer, cfg, batch, [("rollout", cfg.seed, step, i) for i in range(len(batch))])
+    # reward and advantage
+    parts = [reward_parts(cfg.task, text, ex) for text, ex in zip(texts, batch)]
+    reward = torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64)
+    adv = ADVANTAGES[cfg.advantage](reward.view(cfg.prompts, cfg.completions)).view(-1)
+    rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+    # views: which states to score, and with which weight
+    views = VIEWS[cfg.method](traj, cfg, policy.mask_id, generator("timesteps", cfg.seed, step))
+    adv = adv.to(traj.logp.device)
+    views = views.select(adv[views.row] != 0)                               # no advantage, no gradient: no pass
+    # accumulate the gradient over micro-batches, then one optimizer step
+    ratios = [torch.ones(1)]
+    for start in range(0, len(views.row), cfg.micro_batch):
+        part = views.select(slice(start, start + cfg.micro_batch))
+        loss, ratio = policy_loss(policy, traj, part, adv, cfg)
+        loss.backward()
+        ratios.append(ratio.float().cpu())
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    ratio, mean = torch.cat(ratios[1:] or ratios), lambda xs: float(np.mean(list(xs)))
+    return {"step": step, "reward": float(reward.mean()), **{f"reward_{k}": mean(p[k] for p in parts) for k in parts[0]},
+            "solved": mean(grade(cfg.task, t, ex) == 1 for t, ex in zip(texts, batch)), "ratio": float(ratio.mean()),
+            "clip_fraction": float(((ratio - 1).abs() > cfg.clip).float().mean()), "grad_norm": float(grad_norm),
+            "entropy": float(traj.entropy.mean()), "nfe": float(traj.nfe.float().mean()), "passes": len(views.row),
+            "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
+            "update_seconds": round(time.perf_counter() - clock, 3)}
+
+
+# ----------------------------------------------------------------------------------------- tokens, checkpoints, families
+def encode_prompts(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """User messages -> ids and mask (N, P) through the tokenizer's chat template, left padded."""
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    out = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, padding=True, return_dict=True,
+                                        return_tensors="pt", padding_side="left")
+    return out["input_ids"], out["attention_mask"]
+
+
+FAMILIES = {                           # model_type of config.json -> class of transformers
+    "llama": "LlamaForCausalLM",
+}
+
+
+def load_policy(path: str, device: str) -> tuple[Policy, object]:
+    """A checkpoint directory -> policy, tokenizer. Raises BadInput unless it is a masked diffusion model of FAMILIES
+    whose every weight is found."""
+    import transformers                                                              # seconds to import: after the checks
+    if not (Path(path) / "config.json").is_file():
+        raise BadInput(f"--model {path}: no config.json there; give 'tiny' or a checkpoint directory")
+    config = json.loads((Path(path) / "config.json").read_text())
+    if config.get("model_type") not in FAMILIES or config.get("mask_token_id") is None:
+        raise BadInput(f"--model {path}: model_type {config.get('model_type')!r}, mask_token_id {config.get('mask_token_id')}; "
+                       f"supported are {', '.join(FAMILIES)} with a mask_token_id")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    cls = getattr(transformers, FAMILIES[config["model_type"]])
+    model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    problems = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    if problems:
+        raise BadInput(f"--model {path}: weights do not fit: {problems}")
+    model.config.is_causal = False                                                   # attention in both directions
+    return Policy(model.to(device), config["mask_token_id"], tokenizer.eos_token_id), tokenizer
+
+
+def save_model(policy, tokenizer, path: Path, cfg: Config):
+    """Write a checkpoint directory that load_policy reads, with the settings it was made with, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    run_folder.write_json(partial / "agrpo.json", dataclasses.asdict(cfg))
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+# ----------------------------------------------------------------------------------------------------- the tiny base model
+def sft_loss(policy, prompt: Tensor, prompt_mask: Tensor, tokens: Tensor, g: torch.Generator) -> Tensor:
+    """Eq. 8: t ~ U(0, 1] over rows, each completion token masked with probability t, cross-entropy / t, mean over tokens."""
+    N, C = tokens.shape
+    t = 1 - (torch.arange(N)[:, None] + torch.rand(N, 1, generator=g)) / N           # stratified over the batch
+    is_masked = (torch.rand(N, C, generator=g) < t).to(tokens.device)
+    logits = policy.logits(prompt, prompt_mask, tokens.masked_fill(is_masked, policy.mask_id), is_masked)
+    loss = torch.nn.functional.cross_entropy(logits, tokens[is_masked], reduction="none")
+    weight = (1 / t).expand(N, C).to(tokens.device)[is_masked]
+    return (loss * weight).sum() / (N * C)
+
+
+def tiny_tokenizer():
+    """One token a character (printable ASCII), with a chat template: the same path as every other checkpoint."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<pad>", "<unk>", "<eos>", "<mask>", "<|user|>", "<|assistant|>"]
+    vocab = {token: i for i, token in enumerate(special + [chr(c) for c in [10, *range(32, 127)]])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
+                                        mask_token="<mask>", additional_special_tokens=special[4:], padding_side="left",
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+                               "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    return tokenizer
+
+
+def tiny_model(tokenizer, cfg: Config):
+    """A stock Llama that attends in both directions, randomly initialised from the seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.base_hidden, intermediate_size=4 * cfg.base_hidden,
+                         num_hidden_layers=cfg.base_layers, num_attention_heads=cfg.base_hidden // 16,
+                         rope_parameters={"rope_type": "default", "rope_theta": 4.0},    # a context of 40, not 4000:
+                         initializer_range=0.06,                                     # ... measured, 3x the solved share of 1e4
+                         max_position_embeddings=256, tie_word_embeddings=False, use_cache=False, is_causal=False,
+                         pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                         mask_token_id=tokenizer.mask_token_id)
+    with torch.random.fork_rng(devices=[]):                                          # initialisation draws from the global one
+        torch.manual_seed(cfg.seed)
+        return LlamaForCausalLM(config)
+
+
+def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
+    """The tiny base model: able, but not inclined. SFT on examples of which base_lazy are answered by a lazy rule, the
+    rest right, so that many samples find a right answer and a single one seldom does."""
+    task, tokenizer = TASKS[cfg.task], tiny_tokenizer()
+    policy = Policy(tiny_model(tokenizer, cfg).to(device), tokenizer.mask_token_id, tokenizer.eos_token_id)
+    examples, rng = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train"), random.Random(cfg.seed)
+    prompt, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, [task.prompt(ex) for ex in examples]))
+    answers = torch.full((2, len(examples), cfg.completion_length), policy.eos_id)   # 0 right, 1 lazy; EOS to the end
+    for i, ex in enumerate(examples):
+        for kind, text in enumerate((task.gold(ex), task.lazy(ex, rng))):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][:cfg.completion_length]
+            answers[kind, i, :len(ids)] = torch.tensor(ids)
+    answers, g = answers.to(device), generator("sft", cfg.seed)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01,
+                                  fused=True)
+    shape = lambda s: min(1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9)     # up a tenth, then down
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    progress = tqdm(range(cfg.base_steps), desc="base model", unit="step", mininterval=1)
+    for step in progress:
+        index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
+        lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
+        loss = sft_loss(policy, prompt[index], prompt_mask[index], answers[lazy, index], g)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    return policy, tokenizer
+
+
+def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
+    """Directory of the tiny base model, trained on the first call and cached under $AGRPO_CACHE (~/.cache/agrpo)."""
+    knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith("base_")
+             or k in ("task", "seed", "completion_length", "train_examples")}
+    cache = Path(os.environ.get("AGRPO_CACHE", "~/.cache/agrpo")).expanduser()
+    path = cache / f"tiny-{cfg.task}-{hashlib.sha256(json.dumps(knobs).encode()).hexdigest()[:12]}"
+    if rebuild or not (path / "config.json").is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        save_model(*train_base(cfg, device), path, cfg)
+    return str(path)
+
+
+# -------------------------------------------------------------------------------------------- run folder, command line
+EVALUATION = {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0}           # greedy, as the paper evaluates
+MAY_CHANGE = ("max_steps", "device", "save_every")                                     # on --resume; the rest is the run
+
+
+def config_for(task: str) -> Config:
+    if task not in TASKS:
+        raise BadInput(f"unknown --task {task!r}: one of {', '.join(TASKS)}")
+    return Config(task=task, **TASK_SHAPES.get(task, {}))
+
+
+def steps_of(cfg: Config) -> list[int]:
+    return [int(s) for s in cfg.eval_steps.split(",")]
+
+
+def validate(cfg: Config, training: bool = True):
+    """Raises BadInput with one line for any setting that cannot work. Costs nothing: called before any work."""
+    def need(holds, message):
+        if not holds:
+            raise BadInput(message)
+
+    for name, rows in {"unmasking": UNMASK, "timesteps": TIMESTEPS, "method": VIEWS, "advantage": ADVANTAGES,
+                       "normalizer": NORMALIZERS, "device": ("auto", "cpu", "cuda")}.items():
+        need(getattr(cfg, name) in rows, f"unknown --{name} {getattr(cfg, name)!r}: one of {', '.join(rows)}")
+    may_be_zero = {"seed", "max_steps", "top_k", "warmup", "decay_steps", "weight_decay", "eval_every", "base_lazy"}
+    may_be_zero |= set() if training else {"temperature"}
+    for field in dataclasses.fields(cfg):
+        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
+        if field.type in (int, float):
+            need(math.isfinite(value) and (value > 0 or value == 0 and field.name in may_be_zero),
+                 f"{flag} {value} must be {'at least' if field.name in may_be_zero else 'above'} 0")
+    C, L = cfg.completion_length, cfg.block_length
+    need(C % L == 0, f"--completion-length {C} is not a multiple of --block-length {L}")
+    need(all(s.strip().isdecimal() for s in cfg.eval_steps.split(",")), f"--eval-steps {cfg.eval_steps!r}: numbers separated by commas")
+    for steps in [cfg.steps, *steps_of(cfg)]:
+        need(steps > 0 and C % steps == 0 and steps * L % C == 0,
+             f"{steps} steps do not divide completion length {C} into equal parts within blocks of {L}")
+    need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p must be at most 1, and needs --top-k: the support is stored as ids")
+    need(cfg.completions > 1, "--completions must be at least 2: an advantage compares the completions of a prompt")
+    need(cfg.base_lazy <= 1 and cfg.base_hidden % 16 == 0, "--base-lazy must be at most 1 and --base-hidden a multiple of 16")
+    need(Path(cfg.name).name == cfg.name, f"--name {cfg.name!r} must be a plain name: the folder is runs/NAME")
+    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
+    need(cfg.model != "tiny" or TASKS[cfg.task].lazy, f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
+    need(cfg.model == "tiny" or (Path(cfg.model) / "config.json").is_file(),
+         f"--model {cfg.model}: no config.json there; give 'tiny' or a checkpoint directory")
+
+
+def open_model(cfg: Config, rebuild: bool = False):
+    """cfg.model -> policy, tokenizer on the device."""
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return load_policy(tiny_base(cfg, device, rebuild) if cfg.model == "tiny" else cfg.model, device)
+
+
+def check_prompts(policy, tokenizer, cfg: Config, examples: list):
+    length = encode_prompts(tokenizer, [TASKS[cfg.task].prompt(ex) for ex in examples])[0].shape[1]
+    room = policy.model.config.max_position_embeddings
+    if length + cfg.completion_length > room:
+        raise BadInput(f"the longest prompt has {length} tokens, {cfg.completion_length} more to complete: the model's context is {room}")
+
+
+def peak_memory_mb() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class StopRequest:
+    """Within `with`, the first Ctrl-C or SIGTERM lets the current step finish and be saved; a second one ends at once."""
+
+    def __enter__(self):
+        self.wanted, self.before = False, {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exc):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def check_run(folder: Path, cfg: Config, resume: bool, overwrite: bool):
+    """Raises BadInput if the folder holds a run already, or, to be resumed, none or one of another configuration."""
+    saved = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
+    if resume and saved is None:
+        raise BadInput(f"--resume: no run in {folder}")
+    if saved is not None and not resume and not overwrite:
+        raise BadInput(f"{folder} holds a run already: --resume continues it, --overwrite replaces it, --name NAME starts another")
+    other = [k for k, v in dataclasses.asdict(cfg).items() if resume and k not in MAY_CHANGE and saved.get(k) != v]
+    if other:
+        raise BadInput(f"{folder} was run with {', '.join(f'{k}={saved.get(k)!r}' for k in other)}, not "
+                       f"{', '.join(f'{k}={getattr(cfg, k)!r}' for k in other)}")
+
+
+def evaluate(policy, tokenizer, cfg: Config, examples: list, steps: int) -> dict:
+    """eval.evaluate with the sampler of EVALUATION at so many denoising steps."""
+    at = dataclasses.replace(cfg, steps=steps, **EVALUATION)
+    return {"steps": steps, **run_folder.evaluate(lambda exs, keys: generate(policy, tokenizer, at, exs, keys), cfg.task, examples)}
+
+
+def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout: list, seconds: dict) -> bool:
+    """The loop, from the folder's checkpoint to max_steps. False if a stop was asked for before that."""
+    optimizer, start, log, checkpoint = make_optimizer(policy, cfg), 0, folder / "log.csv", folder / "checkpoint.pt"
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, map_location=next(policy.model.parameters()).device, weights_only=True)
+        policy.model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+        seconds.update(saved["seconds"])
+    run_folder.write_log(log, run_folder.read_log(log, before_step=start))
+    with StopRequest() as stop, tqdm(desc="agrpo", unit="step", initial=start, total=max(start, cfg.max_steps)) as progress:
+        for step in range(start, cfg.max_steps):
+            row = train_step(policy, tokenizer, optimizer, examples, step, cfg)
+            for part in ("rollout", "update"):
+                seconds[part] += row[f"{part}_seconds"]
+            if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+                result = evaluate(policy, tokenizer, cfg, heldout, steps_of(cfg)[0])
+                row["heldout"], seconds["eval"] = result["solved"], seconds["eval"] + result["seconds"]
+            run_folder.append_log(log, row)                      # the row first, then the checkpoint: a run killed in
+            if (step + 1) % cfg.save_every == 0 or stop.wanted or step + 1 == cfg.max_steps:   # between repeats a step
+                state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": seconds}
+                run_folder.write_atomically(checkpoint, lambda f: torch.save(state, f))
+            progress.update()
+            progress.set_postfix({k: f"{row[k]:.3g}" for k in ("reward", "solved", "ratio", "grad_norm", "entropy", "nfe")})
+            if stop.wanted:
+                return step + 1 == cfg.max_steps
+    return True
+
+
+def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base: bool = False) -> int:
+    """Everything that `python agrpo.py` does: base, evaluation, training, evaluation, table. Returns the exit code."""
+    folder = Path("runs") / cfg.name
+    check_run(folder, cfg, resume, overwrite)
+    examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data or None)
+    begin = time.perf_counter()
+    policy, tokenizer = open_model(cfg, rebuild_base)
+    check_prompts(policy, tokenizer, cfg, examples + heldout)
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(folder / "config.json", dataclasses.asdict(cfg))
+    seconds = {"base_model": time.perf_counter() - begin, "rollout": 0.0, "update": 0.0, "eval": 0.0}
+    size = sum(p.numel() for p in policy.model.parameters()) / 1e6
+    print(f"{cfg.model} model of {size:.2f} M parameters; {cfg.task}: {len(examples)} examples, {len(heldout)} held out; {folder}", flush=True)
+
+    at_steps = lambda: [evaluate(policy, tokenizer, cfg, heldout, steps) for steps in steps_of(cfg)]
+    if not (folder / "eval_base.json").is_file():                                    # a resumed run has it
+        run_folder.write_json(folder / "eval_base.json", at_steps())
+    base = json.loads((folder / "eval_base.json").read_text())
+    print(f"base: {run_folder.percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} steps", flush=True)
+    if not train(policy, tokenizer, cfg, folder, examples, heldout[:-(-len(heldout) // 2)], seconds):
+        print("stopped; the same command with --resume continues")
+        return 130
+    trained = at_steps()
+    seconds["eval"] += sum(r["seconds"] for r in base + trained)
+    save_model(policy, tokenizer, folder / "model", cfg)
+    run_folder.report(folder, cfg, heldout, base, trained, seconds, peak_memory_mb())
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
+
+def parse(argv) -> tuple[Config, dict]:
+    """The command line: every field of Config is a flag; the task's shape is the default for what is not given."""
+    parser = Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for field in dataclasses.fields(Config):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
+                            help=f"{meaning.get(field.name, '')} [default: {field.default}]".replace("%", "%%"))
+    for flag, text in (("--resume", "continue runs/NAME"), ("--overwrite", "replace runs/NAME"),
+                       ("--rebuild-base", "train the tiny base model again")):
+        parser.add_argument(flag, action="store_true", help=text)
+    given = vars(parser.parse_args(argv))
+    flags = {k: given.pop(k) for k in ("resume", "overwrite", "rebuild_base")}
+    cfg = dataclasses.replace(config_for(given.get("task", Config.task)), **given)
+    cfg = dataclasses.replace(cfg, name=cfg.name or f"{cfg.task}-{cfg.method}-seed{cfg.seed}")
+    saved = Path("runs") / cfg.name / "config.json"
+    if flags["resume"] and saved.is_file():                                          # the folder's settings, then the flags given
+        known = {k: v for k, v in json.loads(saved.read_text()).items() if k in Config.__dataclass_fields__}
+        cfg = dataclasses.replace(Config(**known), **{**given, "name": cfg.name})
+    validate(cfg)
+    return cfg, flags
+
+
+def main(argv=None) -> int:
+    try:
+        cfg, flags = parse(argv)
+        return run(cfg, **flags)
+    except BadInput as error:
+        print(f"agrpo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is intact: --resume continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""Evaluation: solved share with its interval, denoiser calls, and the accuracy/NFE frontier.
+
+    python eval.py --model tiny --task sudoku                      the tiny base model (trained on the first call)
+    python eval.py --model runs/sudoku-agrpo-seed0 --task sudoku --steps 16,8,4 --data puzzles.csv
+
+agrpo.py calls `evaluate` before and after training, so both use the sampler, prompt and grader of training.
+"""
+import csv
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+from rewards import TASKS, BadInput, held_out, load_examples
+
+
+def wilson(solved: int, n: int, z: float = 1.96) -> list[float]:
+    """95 % interval of a share (Wilson's score interval): [low, high].
+
+    >>> [round(x, 3) for x in wilson(50, 100)]
+    [0.404, 0.596]
+    """
+    p, centre = solved / n, (solved + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(n * p * (1 - p) + z * z / 4)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def evaluate(generate, task: str, examples: list, batch: int = 256) -> dict:
+    """Complete and grade every example. generate(examples, keys) -> trajectory, texts.
+
+    Returns solved (share of grade 1), n, ci95, grade (mean), nfe (denoiser calls per completion), tokens_per_nfe (tokens
+    before the end, per call), seconds, and the completions."""
+    clock, grades, nfe, length, texts = time.perf_counter(), [], 0, 0, []
+    for i in range(0, len(examples), batch):
+        chunk = examples[i:i + batch]
+        traj, out = generate(chunk, [("eval", i + j) for j in range(len(chunk))])
+        grades += [TASKS[task].grade(text, ex) for text, ex in zip(out, chunk)]
+        nfe += int(traj.nfe.sum())
+        length += int(((traj.tokens == traj.eos_id).int().cumsum(1) == 0).sum())
+        texts += out
+    n, solved = len(examples), sum(g == 1 for g in grades)
+    return {"solved": solved / n, "n": n, "ci95": wilson(solved, n), "grade": sum(grades) / n, "nfe": nfe / n,
+            "tokens_per_nfe": length / nfe, "seconds": time.perf_counter() - clock, "completions": texts}
+
+
+def percent(result: dict) -> str:
+    """'34.0 % (29.9 to 38.2)'"""
+    return f"{100 * result['solved']:.1f} % ({100 * result['ci95'][0]:.1f} to {100 * result['ci95'][1]:.1f})"
+
+
+def table(header: list, rows: list) -> str:
+    """A plain table, columns as wide as their widest cell."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join("  ".join(str(cell).ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [header, *rows])
+
+
+# ------------------------------------------------------------------------------------------------- files of a run folder
+def write_atomically(path: Path, write: Callable):
+    """write(file) into a neighbour that then takes the place of `path`: a reader sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value):
+    write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
+    """The whole rows of log.csv before a step: what was logged after the checkpoint, or half written, is done again."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as f:
+        return [row for row in csv.DictReader(f) if None not in row.values() and int(row["step"]) < before_step]
+
+
+def write_log(path: Path, rows: list[dict]):
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)] if rows else []
+    write_atomically(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+
+
+def append_log(path: Path, row: dict):
+    with open(path, "a") as f:
+        f.write(("" if f.tell() else ",".join(row) + "\n") + ",".join(map(str, row.values())) + "\n")
+
+
+def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds: dict, peak_memory_mb: int):
+    """What a finished run leaves: samples.txt, curve.png, frontier.png, summary.json, and the table on the screen.
+    base, trained: results of `evaluate`, one per number of steps, the headline first."""
+    samples = [f"{cfg.task}, greedy, {base[0]['steps']} denoising steps; + marks a solved one\n"]
+    for ex, *pair in list(zip(heldout, base[0]["completions"], trained[0]["completions"]))[:20]:
+        before, after = (f"{'+' if TASKS[cfg.task].grade(c, ex) == 1 else ' '} {c}" for c in pair)
+        samples.append(f"prompt    {TASKS[cfg.task].prompt(ex)}\n  base  {before}\n  after {after}\n")
+    write_atomically(folder / "samples.txt", lambda f: f.write("\n".join(samples).encode()))
+    rows = read_log(folder / "log.csv")
+    if rows:
+        plot_curves(folder / "curve.png", [(rows, base[0], trained[0])], cfg.task)
+    plot_frontier(folder / "frontier.png", {"base": base, "trained": trained}, cfg.task)
+    short = [{k: r[0][k] for k in ("solved", "n", "ci95")} for r in (base, trained)]
+    by_steps = [{"steps": b["steps"], "nfe": t["nfe"], "base": b["solved"], "trained": t["solved"]} for b, t in zip(base, trained)]
+    seconds = {k: round(v, 1) for k, v in {**seconds, "total": sum(seconds.values())}.items()}
+    write_json(folder / "summary.json", {"task": cfg.task, "model": cfg.model, "method": cfg.method, "seed": cfg.seed, "base": short[0],
+               "trained": short[1], "by_steps": by_steps, "seconds": seconds, "peak_memory_mb": peak_memory_mb})
+    print(f"\n{cfg.task}, {base[0]['n']} held-out examples, greedy: solved (95 % interval)")
+    print(table(["steps", "NFE", "base", "trained"], [[b["steps"], f"{t['nfe']:.1f}", percent(b), percent(t)] for b, t in zip(base, trained)]))
+    print(f"{len(rows)} training steps, {seconds['total']:.0f} s in all. Look at {folder}/curve.png and {folder}/samples.txt")
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+COLOUR = {"base": "#777777", "trained": "#0b62a4", "sampled": "#d9822b"}
+
+
+def figure(path: Path, title: str, xlabel: str, ylabel: str, draw, size=(7, 4)):
+    """One figure, one question: draw(axis), then written as PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axis = plt.subplots(figsize=size, dpi=120, layout="constrained")
+    draw(axis)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def label_end(axis, x, y, text, colour):
+    axis.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", color=colour, fontsize=9)
+
+
+def plot_curves(path: Path, runs: list[tuple], task: str):
+    """Solved share against training minutes; runs: (rows of log.csv, base, trained or None), one per seed. Completions
+    sampled in training (mean of ten steps) and held-out ones decoded greedily."""
+    def draw(axis):
+        for rows, base, trained in runs:
+            spent = [(float(row["rollout_seconds"]) + float(row["update_seconds"])) / 60 for row in rows]
+            minutes = [sum(spent[:i + 1]) for i in range(len(spent))]
+            share = [100 * float(row["solved"]) for row in rows]
+            smooth = [sum(share[max(0, i - 9):i + 1]) / len(share[max(0, i - 9):i + 1]) for i in range(len(share))]
+            held = [(0.0, 100 * base["solved"])] + [(m, 100 * float(r["heldout"])) for m, r in zip(minutes[:-1], rows) if r["heldout"]]
+            held += [(minutes[-1], 100 * trained["solved"])] if trained else []
+            axis.plot(minutes, share, color=COLOUR["sampled"], alpha=0.25, lw=0.8)
+            axis.plot(minutes, smooth, color=COLOUR["sampled"], lw=1.5, ls=(0, (4, 1)))
+            axis.plot(*zip(*held), color=COLOUR["trained"], lw=2, marker="o", ms=4)
+            axis.axhline(100 * base["solved"], color=COLOUR["base"], ls=":", lw=1)
+        label_end(axis, minutes[-1], smooth[-1], "sampled in training", COLOUR["sampled"])
+        label_end(axis, minutes[-1], held[-1][1], "held out, greedy", COLOUR["trained"])
+        label_end(axis, minutes[-1], 100 * base["solved"], "base, held out", COLOUR["base"])
+        axis.set_xlim(0, minutes[-1] * 1.35)
+        axis.set_ylim(0)
+    figure(path, f"Does AGRPO make the model better at {task}?", "minutes of rollout and update", "solved, %", draw)
+
+
+def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % interval"):
+    """Solved share against denoiser calls per completion: {name: [result, ...]}, one line each with its band."""
+    def draw(axis):
+        for name, results in curves.items():
+            results = sorted(results, key=lambda r: r["nfe"])
+            x, y = [r["nfe"] for r in results], [100 * r["solved"] for r in results]
+            colour = COLOUR.get(name, COLOUR["trained"])
+            axis.fill_between(x, *zip(*[[100 * c for c in r["ci95"]] for r in results]), color=colour, alpha=0.15, lw=0)
+            axis.plot(x, y, color=colour, marker="o", lw=2)
+            label_end(axis, x[-1], y[-1], name, colour)
+        axis.margins(x=0.12)
+        axis.set_ylim(0)
+    figure(path, f"How many {task} answers are solved per denoiser call spent?", f"NFE: denoiser calls per completion ({band})", "solved, %", draw)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+def main(argv=None) -> int:
+    import agrpo                                                             # here: agrpo itself imports this file
+    parser = agrpo.Parser(prog="eval.py", description="Solved share of a model on a task, greedy by default.")
+    parser.add_argument("--model", default="tiny", help="tiny, a checkpoint directory or a run folder")
+    parser.add_argument("--task", default="sudoku")
+    parser.add_argument("--data", default="", help="evaluate on this file instead of generated held-out examples")
+    parser.add_argument("--limit", type=int, default=0, help="examples; 0: 512 generated ones, or the whole file")
+    parser.add_argument("--steps", default="", help="denoising steps, comma separated; several draw the frontier")
+    parser.add_argument("--unmasking", default="low_confidence", help=", ".join(agrpo.UNMASK))
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--samples", type=int, default=1, help="completions per example (needs a temperature): pass@k")
+    parser.add_argument("--completion-length", type=int, default=0, help="tokens; default: that of the training run")
+    parser.add_argument("--block-length", type=int, default=0, help="tokens; default: that of the training run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--out", default="", help="write results and completions here as JSON, and FILE.png for several steps")
+    try:
+        args = parser.parse_args(argv)
+        path = Path(args.model)
+        if args.model != "tiny" and (path / "model" / "config.json").is_file():      # a run folder
+            path = path / "model"
+        known = json.loads((path / "agrpo.json").read_text()) if (path / "agrpo.json").is_file() else {}
+        shape = {k: v for k, v in known.items() if k in ("completion_length", "block_length", "eval_steps")}
+        given = {k: v for k, v in (("completion_length", args.completion_length), ("block_length", args.block_length),
+                                   ("eval_steps", args.steps)) if v}
+        cfg = dataclasses.replace(agrpo.config_for(args.task), **{**shape, **given}, task=args.task, model=str(path), data=args.data,
+                                  device=args.device, seed=args.seed, unmasking=args.unmasking, temperature=args.temperature)
+        if args.samples < 1 or args.limit < 0 or args.batch < 1 or args.samples > 1 and args.temperature == 0:
+            raise BadInput("--samples and --batch must be at least 1, --limit at least 0; several --samples need a --temperature")
+        agrpo.validate(cfg, training=False)
+        examples = load_examples(args.task, args.limit or (0 if args.data else 512), 0, "test", args.data or None)
+        policy, tokenizer = agrpo.open_model(cfg)
+        agrpo.check_prompts(policy, tokenizer, cfg, examples)
+        results, rows = [], []
+        for steps in agrpo.steps_of(cfg):
+            repeated = [ex for ex in examples for _ in range(args.samples)]
+            at = dataclasses.replace(cfg, steps=steps)
+            result = evaluate(lambda exs, keys: agrpo.generate(policy, tokenizer, at, exs, [("eval", args.seed, *k) for k in keys]),
+                              args.task, repeated, args.batch)
+            solved = [TASKS[args.task].grade(t, ex) == 1 for t, ex in zip(result["completions"], repeated)]
+            any_of = [any(solved[i:i + args.samples]) for i in range(0, len(solved), args.samples)]
+            held = [s for s, ex in zip(solved, repeated) if held_out(args.task, ex)]
+            results.append({"steps": steps, **result, "pass_at_k": sum(any_of) / len(any_of), "k": args.samples,
+                            "held_out": {"solved": sum(held) / max(1, len(held)), "n": len(held)}})
+            rows.append([steps, f"{result['nfe']:.1f}", f"{result['tokens_per_nfe']:.2f}", percent(result), result["n"],
+                         *([f"{100 * results[-1]['pass_at_k']:.1f} %"] if args.samples > 1 else []),
+                         *([f"{100 * sum(held) / len(held):.1f} % of {len(held)}"] if args.data and held else []),
+                         f"{result['seconds']:.1f}"])
+    except BadInput as error:
+        print(f"eval: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(table(["steps", "NFE", "tokens/NFE", "solved (95 % interval)", "n", *([f"pass@{args.samples}"] if args.samples > 1 else []),
+                 *(["solved, class never trained on"] if args.data and held else []), "seconds"], rows))
+    if args.out:
+        write_json(Path(args.out), {"settings": dataclasses.asdict(cfg), "results": results})
+    if len(results) > 1:
+        picture = Path(args.out or f"frontier-{args.task}").with_suffix(".png")
+        plot_frontier(picture, {path.parent.name if path.name == "model" else path.name: results}, args.task)
+        print(f"frontier: {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

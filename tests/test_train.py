@@ -1,0 +1,325 @@
+"""Protects the loop on a real (tiny, stock transformers) model: one update per rollout, padding, determinism, resume, the
+run folder, bad input. Run: pytest tests/test_train.py"""
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import agrpo
+import eval as run_folder
+from rewards import TASKS, grade, reward_parts
+
+AGRPO = str(Path(agrpo.__file__).resolve())
+CFG = agrpo.Config(prompts=2, completions=4, base_hidden=32, base_layers=2)
+
+
+def tiny(cfg=CFG, dtype=torch.float64):
+    tokenizer = agrpo.tiny_tokenizer()
+    model = agrpo.tiny_model(tokenizer, cfg).to(dtype)
+    return agrpo.Policy(model, tokenizer.mask_token_id, tokenizer.eos_token_id), tokenizer
+
+
+def examples(task="sudoku", n=16):
+    return TASKS[task].generate(n, 0, "train")
+
+
+def rolled(cfg=CFG, task="sudoku"):
+    policy, tokenizer = tiny(cfg)
+    batch = [ex for ex in examples(task, cfg.prompts) for _ in range(cfg.completions)]
+    traj, texts = agrpo.generate(policy, tokenizer, cfg, batch, [(i,) for i in range(len(batch))])
+    return policy, tokenizer, batch, traj, texts
+
+
+class Watched(torch.optim.SGD):
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        self.grads = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return super().step(closure)
+
+
+@pytest.fixture
+def varied_reward(monkeypatch):
+    """An untrained model solves nothing: reward something that varies, so that there is a gradient."""
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex: {"correct": float(sum(map(ord, text)) % 7)})
+
+
+@pytest.mark.parametrize("unmasking", ["confidence", "low_confidence"])
+def test_one_optimizer_step_and_one_gradient_whatever_the_micro_batch(unmasking, varied_reward):
+    seen = []
+    for micro in (1, 5, 1000):
+        for K in (2, 8):
+            cfg = dataclasses.replace(CFG, micro_batch=micro, mc_steps=K, unmasking=unmasking, max_grad_norm=1e9)
+            policy, tokenizer = tiny(cfg)
+            optimizer = Watched(policy.model.parameters(), lr=0.1)
+            agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, cfg)
+            assert optimizer.steps == 1
+            seen.append((K, torch.cat([g.flatten() for g in optimizer.grads])))
+    for K in (2, 8):
+        first, *others = [g for k, g in seen if k == K]
+        assert first.norm() > 0 and all((g - first).norm() < 1e-9 * first.norm() for g in others)
+
+
+def test_ratio_is_one_at_the_first_update_with_dropout_in_the_model():
+    cfg = dataclasses.replace(CFG, top_k=20, top_p=0.95, unmasking="low_confidence")
+    policy, tokenizer, batch, traj, _ = rolled(cfg)
+    policy.model.config.attention_dropout = 0.5
+    for layer in policy.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    _, ratio = agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, cfg, policy.mask_id, None), torch.ones(8).double(), cfg)
+    assert (ratio - 1).abs().max() < 1e-9
+
+
+def test_a_padded_row_scores_and_samples_as_it_does_alone():
+    policy, tokenizer = tiny()
+    cfg = dataclasses.replace(CFG, completion_length=12, block_length=4, steps=6)
+    texts = ["7", "1,2,3=9", "10,11,12=99"]
+    prompt, mask = agrpo.encode_prompts(tokenizer, texts)
+    assert (mask == 0).any(1).tolist() == [True, True, False] and (mask[:, -1] == 1).all()         # left padded
+    together = agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(3)])
+    for i, text in enumerate(texts):
+        alone = agrpo.rollout(policy, *agrpo.encode_prompts(tokenizer, [text]), cfg, [(i,)])
+        assert torch.equal(alone.tokens[0], together.tokens[i]) and torch.equal(alone.reveal_step[0], together.reveal_step[i])
+        assert torch.allclose(alone.logp[0], together.logp[i], atol=1e-5)                           # rotary angles are float32
+
+
+def test_the_denoiser_sees_both_sides():
+    policy, tokenizer = tiny()
+    prompt, mask = agrpo.encode_prompts(tokenizer, ["12"])
+    state, where = torch.full((1, 8), 30), torch.zeros(1, 8, dtype=torch.bool)
+    where[0, 0] = True
+    before = policy.logits(prompt, mask, state, where)
+    state[0, 7] = 31                                                                                # far to the right
+    assert (policy.logits(prompt, mask, state, where) - before)[:, :policy.mask_id].abs().max() > 1e-6
+    assert float(before[0, policy.mask_id]) == -float("inf") and before.shape == (1, len(tokenizer))
+
+
+def test_rewards_meet_their_own_examples_and_texts_end_at_eos():
+    policy, tokenizer, batch, traj, texts = rolled(task="countdown", cfg=dataclasses.replace(CFG, task="countdown"))
+    cfg = dataclasses.replace(CFG, task="countdown")
+    log = agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.0), examples("countdown"), 3, cfg)
+    again = [ex for ex in agrpo.batch_of_examples(examples("countdown"), 3, cfg) for _ in range(4)]
+    _, texts = agrpo.generate(policy, tokenizer, cfg, again, [("rollout", 0, 3, i) for i in range(8)])
+    assert log["reward"] == pytest.approx(np.mean([sum(reward_parts("countdown", t, ex).values()) for t, ex in zip(texts, again)]))
+    row = traj.tokens[0].tolist()
+    assert len(tokenizer.decode(row)) >= len(texts[0])
+
+
+def test_every_example_is_used_once_per_pass_over_the_data():
+    cfg, data = dataclasses.replace(CFG, prompts=3), list(range(10))
+    drawn = [x for step in range(10) for x in agrpo.batch_of_examples(data, step, cfg)]
+    assert all(sorted(drawn[i:i + 10]) == data for i in range(0, 30, 10)) and drawn[:10] != drawn[10:20]
+
+
+def test_zero_advantage_groups_cost_no_pass_and_change_no_gradient(monkeypatch):
+    policy, tokenizer = tiny()
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex: {"correct": 1.0})
+    optimizer = Watched(policy.model.parameters(), lr=1.0)
+    row = agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, CFG)
+    assert row["passes"] == 0 and row["ratio"] == 1 and row["grad_norm"] == 0 and optimizer.grads == []
+
+
+def test_the_global_generator_is_left_alone(varied_reward):
+    policy, tokenizer = tiny()
+    before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.1), examples(), 0, CFG)
+    agrpo.tiny_model(tokenizer, CFG)
+    assert torch.equal(torch.random.get_rng_state(), before) and (np.random.get_state()[1] == numpy_before).all()
+
+
+def test_steps_raise_the_likelihood_of_rewarded_completions():
+    """The sign of the loss: a few steps on one batch make what was rewarded likelier."""
+    cfg = dataclasses.replace(CFG, mc_steps=8, timesteps="without_replacement", clip=10.0)
+    policy, tokenizer, batch, traj, _ = rolled(cfg)
+    adv = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
+
+    def score():
+        return float((sum_logp(policy, traj, cfg) * adv).sum())
+
+    before, optimizer = score(), torch.optim.SGD(policy.model.parameters(), lr=0.05)
+    for _ in range(3):
+        agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, cfg, policy.mask_id, None), adv, cfg)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert score() > before + 1e-3
+
+
+def sum_logp(policy, traj, cfg):
+    with torch.no_grad():
+        v = agrpo.exact_views(traj, cfg, policy.mask_id, None)
+        logp, _ = agrpo.step_logp(policy, traj, v.row, v.step, v.state, v.target, cfg)
+        return torch.zeros(len(traj.tokens), dtype=logp.dtype).index_add(0, v.row[v.target.nonzero(as_tuple=True)[0]], logp)
+
+
+def test_sft_loss_is_equation_8():
+    """Against the definition, position by position, and its mean over t against the exact expectation at t integrated out."""
+    policy, tokenizer = tiny()
+    prompt, mask = agrpo.encode_prompts(tokenizer, ["12", "34"])
+    tokens = torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33]])
+    got = agrpo.sft_loss(policy, prompt, mask, tokens, agrpo.generator("x"))
+    g, total = agrpo.generator("x"), 0.0
+    t = 1 - (torch.arange(2)[:, None] + torch.rand(2, 1, generator=g)) / 2
+    is_masked = torch.rand(2, 4, generator=g) < t
+    for i in range(2):
+        for j in range(4):
+            if is_masked[i, j]:
+                state = torch.where(is_masked[i], policy.mask_id, tokens[i])[None]
+                z = policy.logits(prompt[i:i + 1], mask[i:i + 1], state, torch.ones(1, 4, dtype=torch.bool))[j]
+                total += -float(z.detach().log_softmax(-1)[tokens[i, j]]) / float(t[i])
+    assert float(got.detach()) == pytest.approx(total / 8, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ runs, resume, bad input
+def rows_of(name):
+    with open(f"runs/{name}/log.csv") as f:
+        return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in csv.DictReader(f)]
+
+
+def weights_of(name):
+    return torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
+
+
+def same_state(a, b):
+    return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and all(
+        torch.equal(x, b["optimizer"]["state"][i][k]) for i, s in a["optimizer"]["state"].items() for k, x in s.items())
+
+
+@pytest.mark.parametrize("extra", [[], ["--task", "countdown", "--unmasking", "random", "--eval-steps", "6,3"]], ids=["sudoku", "countdown"])
+def test_two_steps_resume_two_steps_equal_four_to_the_bit(here, quick, extra):
+    assert agrpo.main([*quick, *extra, "--name", "four", "--max-steps", "4"]) == 0
+    assert agrpo.main([*quick, *extra, "--name", "halves", "--max-steps", "2"]) == 0
+    log = Path("runs/halves/log.csv")
+    whole = log.read_text()
+    assert log.write_text(whole.replace("\n", "\n", 1) + whole.splitlines()[1].replace("0,", "2,", 1) + "\n3,0.5,0")   # what a kill leaves
+    assert agrpo.main(["--name", "halves", "--resume", "--max-steps", "4", *extra[:2]]) == 0
+    assert same_state(weights_of("four"), weights_of("halves"))
+    steps = [(r["step"], r["reward"], r["grad_norm"], r["entropy"]) for r in rows_of("halves")]
+    assert steps == [(r["step"], r["reward"], r["grad_norm"], r["entropy"]) for r in rows_of("four")] and len(steps) == 4
+    a, b = (json.loads(Path(f"runs/{n}/summary.json").read_text()) for n in ("four", "halves"))
+    assert a["trained"] == b["trained"] and a["by_steps"] == b["by_steps"]
+
+
+def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, quick, capsys):
+    assert agrpo.main([*quick, "--name", "x", "--max-steps", "2"]) == 0
+    folder = Path("runs/x")
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"config.json", "log.csv", "curve.png", "frontier.png", "samples.txt", "model", "checkpoint.pt", "summary.json"}
+    assert not [n for n in names if n.endswith(".partial")]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) >= {"task", "model", "seed", "base", "trained", "by_steps", "seconds", "peak_memory_mb"}
+    assert set(summary["seconds"]) == {"base_model", "rollout", "update", "eval", "total"} and set(summary["base"]) == {"solved", "n", "ci95"}
+    assert [set(x) for x in summary["by_steps"]] == [{"steps", "nfe", "base", "trained"}] * 2
+    policy, tokenizer = agrpo.load_policy(str(folder / "model"), "cpu")
+    saved = weights_of("x")["model"]
+    assert all(torch.equal(v, saved[k]) for k, v in policy.model.state_dict().items())
+    capsys.readouterr()
+    assert run_folder.main(["--model", "runs/x", "--task", "sudoku", "--limit", "8", "--steps", "4,2", "--out", "e.json", "--device", "cpu"]) == 0
+    result = json.loads(Path("e.json").read_text())["results"]
+    assert result[0]["solved"] == summary["by_steps"][0]["trained"] and result[0]["nfe"] == 4.0 and Path("e.png").is_file()
+    assert "NFE" in capsys.readouterr().out
+
+
+def test_stop_signals_leave_a_checkpoint_and_resume(here, quick):
+    env = {**os.environ, "AGRPO_CACHE": os.environ["AGRPO_CACHE"]}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        name = f"stop-{int(number)}"
+        process = subprocess.Popen([sys.executable, AGRPO, *quick, "--name", name, "--max-steps", "100000"], env=env,
+                                   stderr=subprocess.PIPE, text=True)
+        deadline = time.time() + 120
+        while not Path(f"runs/{name}/checkpoint.pt").is_file() and time.time() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 130 and "stopping after this step" in err and "Traceback" not in err
+        done = weights_of(name)["step"]
+        assert done >= 1 and len(rows_of(name)) == done
+        assert agrpo.main(["--name", name, "--resume", "--max-steps", str(done + 1)]) == 0
+        assert weights_of(name)["step"] == done + 1
+
+
+BAD = [
+    (["--task", "chess"], "chess"),
+    (["--model", "nowhere"], "nowhere"),
+    (["--unmasking", "luck"], "luck"),
+    (["--timesteps", "weekly"], "weekly"),
+    (["--method", "ppo"], "ppo"),
+    (["--max-steps", "many"], "many"),
+    (["--no-such-flag"], "no-such-flag"),
+    (["--completion-length", "16", "--block-length", "5"], "block-length"),
+    (["--steps", "5"], "5 steps"),
+    (["--steps", "0"], "steps"),
+    (["--lr", "nan"], "lr"),
+    (["--temperature", "0"], "temperature"),
+    (["--prompts", "-1"], "prompts"),
+    (["--completions", "1"], "completions"),
+    (["--eval-steps", "16,x"], "eval-steps"),
+    (["--top-p", "0.9"], "top-k"),
+    (["--device", "tpu"], "tpu"),
+    (["--task", "gsm8k"], "gsm8k"),
+    (["--resume"], "resume"),
+    (["--data", "missing.csv"], "missing.csv"),
+    (["--data", "bad.csv"], "bad.csv:3"),
+    (["--data", "columns.csv"], "columns.csv:2"),
+    (["--data", "empty.csv"], "empty.csv"),
+    (["--task", "countdown", "--data", "bad.jsonl"], "bad.jsonl:2"),
+    (["--task", "gsm8k", "--model", "llama", "--data", "good.jsonl"], "mask_token_id"),
+    (["--name", "../up"], "name"),
+]
+
+
+@pytest.mark.parametrize("flags, word", BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_input_is_one_line_and_exit_code_2_before_any_work(here, flags, word, capsys):
+    Path("bad.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n310220000210032,3142243142131324\n")
+    Path("columns.csv").write_text("Question,Answer\n1,2\n")
+    Path("empty.csv").write_text("Puzzle,Solution\n")
+    Path("bad.jsonl").write_text('{"input": "30,100,93", "output": "23"}\n{"input": "30,100\n')
+    Path("good.jsonl").write_text("".join(f'{{"question": "{i}+1?", "answer": "#### {i + 1}"}}\n' for i in range(40)))
+    Path("llama").mkdir()
+    Path("llama/config.json").write_text('{"model_type": "llama"}')
+    assert agrpo.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and word in err and out == "" and not Path("runs").exists()
+
+
+def test_a_prompt_longer_than_the_context_is_refused(here, quick, capsys):
+    assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
+    capsys.readouterr()
+    Path("long.jsonl").write_text("".join(json.dumps({"question": "x" * 300 + str(i), "answer": "#### 1"}) + "\n" for i in range(40)))
+    assert agrpo.main([*quick, "--task", "gsm8k", "--model", "runs/m/model", "--data", "long.jsonl"]) == 2
+    assert "context" in capsys.readouterr().err and not Path("runs/gsm8k-agrpo-seed0").exists()
+
+
+def test_a_folder_with_another_configuration_is_refused(here, quick, capsys):
+    assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
+    before = {p: p.stat().st_mtime_ns for p in Path("runs/x").rglob("*")}
+    for flags, word in ((["--name", "x"], "--resume"), (["--name", "x", "--resume", "--lr", "0.5"], "lr=0.5"),
+                        (["--name", "x", "--resume", "--task", "countdown"], "task")):
+        capsys.readouterr()
+        assert agrpo.main(flags) == 2 and word in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in Path("runs/x").rglob("*")} == before
+
+
+def test_train_and_held_out_examples_share_no_statement():
+    for task in ("sudoku", "countdown"):
+        for seed in range(2):
+            train = {TASKS[task].statement(ex) for ex in TASKS[task].generate(400, seed, "train")}
+            test = {TASKS[task].statement(ex) for ex in TASKS[task].generate(200, 0, "test")}
+            assert not train & test and len(train) > 50 and len(test) > 50
+
+
+def test_gold_answers_are_right_and_lazy_ones_mostly_wrong():
+    import random
+    for task in ("sudoku", "countdown"):
+        data, rng = TASKS[task].generate(200, 5, "train"), random.Random(0)
+        assert all(grade(task, TASKS[task].gold(ex), ex) == 1 for ex in data)
+        assert np.mean([grade(task, TASKS[task].lazy(ex, rng), ex) == 1 for ex in data]) < 0.15
