@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import eval as run_folder
+import eval as run_folder              # evaluation, figures and the files of a run
 from rewards import TASKS, BadInput, grade, load_examples, load_split, reward_parts
 
 
@@ -102,7 +102,10 @@ class Config:
     base_layers: int = 4
 
 
-TASK_SHAPES = {"countdown": dict(completion_length=12, block_length=12, steps=6, eval_steps="12,6,3")}
+TASK_SHAPES = {                        # what a task needs otherwise; flags win over it
+    "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3", "max_steps": 150, "lr": 1e-3,
+                  "base_batch": 48},
+}
 
 
 # --------------------------------------------------------------------------------------------------- policy and sampler
@@ -119,11 +122,10 @@ class Policy:
         padded row scores as it does alone. MASK gets -inf: it is no token to sample."""
         ids = torch.cat([prompt, state], 1)                                          # (N, P + C)
         attention_mask = torch.cat([prompt_mask, torch.ones_like(state)], 1)
-        keep = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), where], 1)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            out = self.model(input_ids=ids, attention_mask=attention_mask, logits_to_keep=keep,
-                             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)).logits
-        logits = out.reshape(-1, out.shape[-1])                                      # (n, V)
+            hidden = self.model.get_decoder()(input_ids=ids, attention_mask=attention_mask, position_ids=(
+                attention_mask.cumsum(1) - 1).clamp(min=0)).last_hidden_state        # (N, P + C, width)
+            logits = self.model.get_output_embeddings()(hidden[:, prompt.shape[1]:][where])        # (n, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         mask_column = torch.arange(logits.shape[1], device=logits.device) == self.mask_id
         return logits.masked_fill(mask_column, -math.inf)
@@ -325,7 +327,7 @@ def sobol(N, K, g):
     most = torch.quasirandom.SobolEngine.MAXDIM
     seeds = torch.randint(2**31, (-(-N // most),), generator=g).tolist()
     return torch.cat([torch.quasirandom.SobolEngine(min(most, N - i * most), scramble=True, seed=s)
-                      .draw(K, dtype=torch.float64) for i, s in enumerate(seeds)], 1).T
+                      .draw(K, dtype=torch.float64) for i, s in enumerate(seeds)], 1).T.contiguous()
 
 
 def uniform(horizon, entropy):
@@ -617,8 +619,8 @@ def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
     answers, g = answers.to(device), generator("sft", cfg.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
-    shape = lambda s: min(1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9)     # up a tenth, then down
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    schedule = torch.optim.lr_scheduler.LambdaLR(                                    # up for a tenth of the steps, then down to zero
+        optimizer, lambda s: min(1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
     progress = tqdm(range(cfg.base_steps), desc="base model", unit="step", mininterval=1)
     for step in progress:
         index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
@@ -794,15 +796,14 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
     print(f"{cfg.model} model of {size:.2f} M parameters; {cfg.task}: {len(examples)} examples, {len(heldout)} held out; {folder}", flush=True)
 
-    at_steps = lambda: [evaluate(policy, tokenizer, cfg, heldout, steps) for steps in steps_of(cfg)]
     if not (folder / "eval_base.json").is_file():                                    # a resumed run has it
-        run_folder.write_json(folder / "eval_base.json", at_steps())
+        run_folder.write_json(folder / "eval_base.json", [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)])
     base = json.loads((folder / "eval_base.json").read_text())
     print(f"base: {run_folder.percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} steps", flush=True)
     if not train(policy, tokenizer, cfg, folder, examples, heldout[:-(-len(heldout) // 2)], seconds):
         print("stopped; the same command with --resume continues")
         return 130
-    trained = at_steps()
+    trained = [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)]
     seconds["eval"] += sum(r["seconds"] for r in base + trained)
     save_model(policy, tokenizer, folder / "model", cfg)
     run_folder.report(folder, cfg, heldout, base, trained, seconds, peak_memory_mb())
