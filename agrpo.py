@@ -20,10 +20,14 @@ Glossary, symbol in the paper's sense = name here (equation numbers are this pro
 
 Departs from the paper or its official code in:
     1. every step until the sampler itself stops counts, also those that reveal the end: the horizon is a stopping time;
-    2. Z = T, a constant, so that the expected gradient is that of E[R] (`--normalizer last_step` is the paper's);
-    3. time steps are stratified per completion, not across the batch; duplicates are merged, weights kept exact;
-    4. where the order of unmasking depends on the model's random choices, its own log-probability is added (Eq. 6);
-    5. a finished row leaves the batch, zero-advantage groups are skipped, and MASK itself is never sampled.
+    2. Z = T, a constant: with `--advantage leave_one_out` the expected gradient is 1/T that of E[R], exactly
+       (`--normalizer last_step` is the paper's);
+    3. advantages are divided by the group's standard deviation, which weights prompts (`--advantage mean` is the paper's:
+       (G-1)/G of the gradient of E[R]);
+    4. rollouts unmask in order of confidence, as evaluation does, not at random (`--unmasking random` is the paper's);
+    5. time steps are stratified per completion, not across the batch; duplicates are merged, weights kept exact;
+    6. where the order of unmasking depends on the model's random choices, its own log-probability is added (Eq. 6);
+    7. a finished row leaves the batch, zero-advantage groups are skipped, and MASK itself is never sampled.
 """
 import argparse
 import dataclasses
@@ -34,9 +38,7 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -55,7 +57,7 @@ from rewards import TASKS, BadInput, grade, load_examples, load_split, reward_pa
 # ------------------------------------------------------------------------------------------------------------- settings
 @dataclass(frozen=True)
 class Config:
-    """One line per knob; the command line is made from it (reveal_step -> --reveal-step)."""
+    """One line per knob; the command line is made from it (max_steps -> --max-steps)."""
     task: str = "sudoku"               # row of rewards.TASKS
     model: str = "tiny"                # "tiny", or a directory with a checkpoint
     data: str = ""                     # train and evaluate on this file instead of generated examples
@@ -132,7 +134,8 @@ class Policy:
 
 
 def generator(*key) -> torch.Generator:
-    """A local generator that depends on its key alone: no hidden state, so any step or row can be repeated alone."""
+    """A local generator that depends on its key alone: no hidden state, so any step or row can be repeated alone. (torch
+    uses 32 bits of a seed: two of a run's thousands of keys may share a stream, two rows of one group hardly ever.)"""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -175,18 +178,17 @@ def losing_logp(logp: Tensor, conf: Tensor, token: Tensor, open_: Tensor, reveal
 
     open_, revealed (N, L) bool; a candidate loses if its confidence is below c, the lowest that won, or equal to it but
     further right. Winners' candidates are accounted for by their own token log-probs."""
-    row, position = open_.nonzero(as_tuple=True)                                     # of each of the n open positions
-    won = revealed[open_]
-    at_token = conf.gather(1, token[:, None]).squeeze(1).detach()                    # (n,)
-    c = torch.full(open_.shape, math.inf, dtype=conf.dtype, device=conf.device)
-    c[row[won], position[won]] = at_token[won]
-    c, worst = c.flip(1).min(1)                                                      # flip: the rightmost of equals
-    worst = open_.shape[1] - 1 - worst
-    row, position, logp, conf = row[~won], position[~won], logp[~won], conf[~won]    # losers only
-    c, worst = c[row, None], worst[row, None]
-    loses = (conf < c) | ((conf == c) & (position[:, None] > worst))                 # (losers, V)
-    log_f = logp.masked_fill(~loses, -math.inf).logsumexp(-1)                        # log F_j(c)
-    return torch.zeros(len(open_), dtype=logp.dtype, device=logp.device).index_add(0, row, log_f)
+    row, position = open_.nonzero(as_tuple=True)                                     # (n,) of each open position
+    won = revealed[open_]                                                            # (n,)
+    winners = torch.full(open_.shape, math.inf, dtype=conf.dtype, device=conf.device)            # (N, L)
+    winners[row[won], position[won]] = conf.gather(1, token[:, None]).squeeze(1).detach()[won]
+    lowest, place = winners.flip(1).min(1)                                           # (N,) c, and where: rightmost of equals
+    place = open_.shape[1] - 1 - place
+    lost = ~won
+    c, right_of_it = lowest[row[lost], None], (position[lost] > place[row[lost]])[:, None]         # (losers, 1)
+    loses = (conf[lost] < c) | ((conf[lost] == c) & right_of_it)                     # (losers, V) candidates that lose
+    log_f = logp[lost].masked_fill(~loses, -math.inf).logsumexp(-1)                  # (losers,) log F_j(c)
+    return torch.zeros(len(open_), dtype=logp.dtype, device=logp.device).index_add(0, row[lost], log_f)
 
 
 UNMASK = {
@@ -249,10 +251,10 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
         logp, support = sampling_law(logits, cfg)
         candidate = draw_tokens(logp, u[rows, t, 0][open_])
         conf = logits.log_softmax(-1)
-        revealed = choose(rule.score(logp, conf, candidate, u[rows, t, 1][open_]), open_, n_reveal)
-        won = revealed[open_]                                                        # (n,)
-        i, j = open_.nonzero(as_tuple=True)
-        at = rows[i[won]], start + j[won]
+        revealed = choose(rule.score(logp, conf, candidate, u[rows, t, 1][open_]), open_, n_reveal)      # (rows, L)
+        won = revealed[open_]                                                        # (n,) in the row-major order of logits
+        i, j = revealed.nonzero(as_tuple=True)                                       # ... and so are these
+        at = rows[i], start + j                                                      # row and position in (N, C)
         traj.tokens[at] = candidate[won]
         traj.reveal_step[at] = t
         traj.logp[at] = logp[won].gather(1, candidate[won, None]).squeeze(1).double()
@@ -281,11 +283,12 @@ def state_at(traj: Trajectory, row: Tensor, step: Tensor, mask_id: int) -> tuple
     return traj.tokens[row].masked_fill(u >= step[:, None], mask_id), u == step[:, None]
 
 
-def step_logp(policy, traj: Trajectory, row: Tensor, step: Tensor, state: Tensor, target: Tensor, cfg: Config):
+def step_logp(policy, traj: Trajectory, row: Tensor, state: Tensor, target: Tensor, cfg: Config):
     """Eq. 1, one step of each of M rows under the current parameters: token log-probs (targets,) in row-major order, and
-    the log-probability (M,) of the choice of positions, None if the rule has none. One forward."""
+    the log-probability (M,) of the choice of positions, None if the rule has none. One forward: the LM head is needed at
+    the targets, and for a position law also at the open positions that lost."""
     rule, where = UNMASK[cfg.unmasking], target
-    if rule.order_logp:                                                              # also the open positions that lost
+    if rule.order_logp:
         blocks = target.unflatten(1, (-1, cfg.block_length)).any(-1)                 # (M, C/L) the block being denoised
         where = (state == policy.mask_id) & blocks.repeat_interleave(cfg.block_length, 1)
     logits = policy.logits(traj.prompt[row], traj.prompt_mask[row], state, where)    # (n, V)
@@ -297,8 +300,8 @@ def step_logp(policy, traj: Trajectory, row: Tensor, step: Tensor, state: Tensor
         return token_logp, None
     L, block = cfg.block_length, blocks.float().argmax(1)                            # cut the block out: (M, C) -> (M, L)
     open_, revealed = (x.unflatten(1, (-1, L))[torch.arange(len(row), device=row.device), block] for x in (where, target))
-    return token_logp, rule.order_logp(sampling_law(logits, cfg)[0], logits.log_softmax(-1), traj.tokens[row][where],
-                                       open_, revealed)
+    logp, _ = sampling_law(logits, cfg)                  # losers have no stored support: found again, the same at theta_old
+    return token_logp, rule.order_logp(logp, logits.log_softmax(-1), traj.tokens[row][where], open_, revealed)
 
 
 # ------------------------------------------------------------------------------------------- quasi-Monte-Carlo timesteps
@@ -383,10 +386,16 @@ def merge_duplicates(step: Tensor, weight: Tensor, T: int) -> tuple[Tensor, Tens
 
 
 # ------------------------------------------------------------------------------------- advantages, views, the surrogate
-ADVANTAGES = {                         # reward (B, G) -> adv (B, G)
-    "mean": lambda r: r - r.mean(1, keepdim=True),
-    "leave_one_out": lambda r: (r - r.mean(1, keepdim=True)) * r.shape[1] / (r.shape[1] - 1),
-    "std": lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4),
+def group(advantage: Callable) -> Callable:
+    """A row of ADVANTAGES: reward (B, G) -> adv (B, G), exactly zero where a group's rewards are equal (not merely tiny
+    by rounding, which would cost the group's passes)."""
+    return lambda r: advantage(r).masked_fill(r.amax(1, keepdim=True) == r.amin(1, keepdim=True), 0.0)
+
+
+ADVANTAGES = {
+    "mean": group(lambda r: r - r.mean(1, keepdim=True)),
+    "leave_one_out": group(lambda r: (r - r.mean(1, keepdim=True)) * r.shape[1] / (r.shape[1] - 1)),
+    "std": group(lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)),
 }
 
 NORMALIZERS = {                        # -> horizon m (N,), Z (N,): the steps that count, and what their sum is divided by
@@ -440,7 +449,7 @@ def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float) -> tuple
 def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     """Minus Eq. 4 for some of the views, and their token ratios. Losses of disjoint parts add up to that of the whole."""
     row, target = views.row, views.target
-    logp, order_logp = step_logp(policy, traj, row, views.step, views.state, target, cfg)
+    logp, order_logp = step_logp(policy, traj, row, views.state, target, cfg)
     view_of = target.nonzero(as_tuple=True)[0]                                       # (targets,) the view of each token
     gain, ratio = surrogate(logp, traj.logp[row][target], adv[row[view_of]], cfg.clip)
     total = (gain * views.weight[view_of]).sum()                 # tokens of a step are summed: Eq. 1 is a sum over them
@@ -502,8 +511,10 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
         loss.backward()
         ratios.append(ratio.float().cpu())
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg)
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"step {step}: the gradient is not finite; the last checkpoint is intact (try a lower --lr)")
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(step, cfg)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     ratio, mean = torch.cat(ratios[1:] or ratios), lambda xs: float(np.mean(list(xs)))
@@ -511,8 +522,8 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "solved": mean(grade(cfg.task, t, ex) == 1 for t, ex in zip(texts, batch)), "ratio": float(ratio.mean()),
             "clip_fraction": float(((ratio - 1).abs() > cfg.clip).float().mean()), "grad_norm": float(grad_norm),
             "entropy": float(traj.entropy.mean()), "nfe": float(traj.nfe.float().mean()), "passes": len(views.row),
-            "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
-            "update_seconds": round(time.perf_counter() - clock, 3)}
+            "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(),
+            "rollout_seconds": round(rollout_seconds, 3), "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
 # ----------------------------------------------------------------------------------------- tokens, checkpoints, families
@@ -533,30 +544,36 @@ def load_policy(path: str, device: str) -> tuple[Policy, object]:
     """A checkpoint directory -> policy, tokenizer. Raises BadInput unless it is a masked diffusion model of FAMILIES
     whose every weight is found."""
     import transformers                                                              # seconds to import: after the checks
-    if not (Path(path) / "config.json").is_file():
-        raise BadInput(f"--model {path}: no config.json there; give 'tiny' or a checkpoint directory")
-    config = json.loads((Path(path) / "config.json").read_text())
-    if config.get("model_type") not in FAMILIES or config.get("mask_token_id") is None:
-        raise BadInput(f"--model {path}: model_type {config.get('model_type')!r}, mask_token_id {config.get('mask_token_id')}; "
-                       f"supported are {', '.join(FAMILIES)} with a mask_token_id")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    cls = getattr(transformers, FAMILIES[config["model_type"]])
-    model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    config = run_folder.read_json(Path(path) / "config.json")
+    family, mask_id = config.get("model_type"), config.get("mask_token_id")
+    if str(family) not in FAMILIES or type(mask_id) is not int or not 0 <= mask_id < config.get("vocab_size", 0):
+        raise BadInput(f"--model {path}: model_type {family!r} with mask_token_id {mask_id!r}; supported are masked diffusion "
+                       f"models of type {', '.join(FAMILIES)}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        cls = getattr(transformers, FAMILIES[family])
+        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        encode_prompts(tokenizer, ["1"])
+    except Exception as error:                                                       # whatever the libraries raise on a bad file
+        raise BadInput(f"--model {path}: {str(error).strip().splitlines()[0]}") from None
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"--model {path}: its tokenizer has no end-of-sequence token")
     problems = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
     if problems:
         raise BadInput(f"--model {path}: weights do not fit: {problems}")
     model.config.is_causal = False                                                   # attention in both directions
-    return Policy(model.to(device), config["mask_token_id"], tokenizer.eos_token_id), tokenizer
+    return Policy(model.to(device), mask_id, tokenizer.eos_token_id), tokenizer
 
 
 def save_model(policy, tokenizer, path: Path, cfg: Config):
     """Write a checkpoint directory that load_policy reads, with the settings it was made with, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")                   # two processes may make the same base
     policy.model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     run_folder.write_json(partial / "agrpo.json", dataclasses.asdict(cfg))
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        path.rename(old := path.with_name(f"{path.name}.{os.getpid()}.old"))
+        shutil.rmtree(old)
     partial.rename(path)
 
 
@@ -614,7 +631,9 @@ def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
     answers = torch.full((2, len(examples), cfg.completion_length), policy.eos_id)   # 0 right, 1 lazy; EOS to the end
     for i, ex in enumerate(examples):
         for kind, text in enumerate((task.gold(ex), task.lazy(ex, rng))):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"][:cfg.completion_length]
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) > cfg.completion_length:
+                raise BadInput(f"--completion-length {cfg.completion_length}: an answer has {len(ids)} tokens, {text!r}")
             answers[kind, i, :len(ids)] = torch.tensor(ids)
     answers, g = answers.to(device), generator("sft", cfg.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01,
@@ -643,8 +662,13 @@ def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
     cache = Path(os.environ.get("AGRPO_CACHE", "~/.cache/agrpo")).expanduser()
     path = cache / f"tiny-{cfg.task}-{hashlib.sha256(json.dumps(knobs).encode()).hexdigest()[:12]}"
     if rebuild or not (path / "config.json").is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        save_model(*train_base(cfg, device), path, cfg)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot keep the base model in {cache}: {error}") from None
+        trained = train_base(cfg, device)
+        if rebuild or not path.exists():                                             # another process may have been faster
+            save_model(*trained, path, cfg)
     return str(path)
 
 
@@ -677,26 +701,32 @@ def validate(cfg: Config, training: bool = True):
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
         if field.type in (int, float):
+            need(value != value or abs(value) < 2**31, f"{flag} is too large")
             need(math.isfinite(value) and (value > 0 or value == 0 and field.name in may_be_zero),
                  f"{flag} {value} must be {'at least' if field.name in may_be_zero else 'above'} 0")
     C, L = cfg.completion_length, cfg.block_length
     need(C % L == 0, f"--completion-length {C} is not a multiple of --block-length {L}")
-    need(all(s.strip().isdecimal() for s in cfg.eval_steps.split(",")), f"--eval-steps {cfg.eval_steps!r}: numbers separated by commas")
-    for steps in [cfg.steps, *steps_of(cfg)]:
+    need(re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", cfg.eval_steps),
+         f"--eval-steps {cfg.eval_steps!r}: numbers separated by commas")
+    for steps in [cfg.steps] * training + steps_of(cfg):
         need(steps > 0 and C % steps == 0 and steps * L % C == 0,
              f"{steps} steps do not divide completion length {C} into equal parts within blocks of {L}")
-    need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p must be at most 1, and needs --top-k: the support is stored as ids")
+    need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p is at most 1, and needs --top-k: the support is stored as ids")
     need(cfg.completions > 1, "--completions must be at least 2: an advantage compares the completions of a prompt")
     need(cfg.base_lazy <= 1 and cfg.base_hidden % 16 == 0, "--base-lazy must be at most 1 and --base-hidden a multiple of 16")
-    need(Path(cfg.name).name == cfg.name, f"--name {cfg.name!r} must be a plain name: the folder is runs/NAME")
+    need(re.fullmatch(r"\w[\w.-]{0,100}", cfg.name or "x"), f"--name {cfg.name!r} must be a plain name: the folder is runs/NAME")
+    need(cfg.temperature == 0 or 1e-3 <= cfg.temperature <= 1e3, f"--temperature {cfg.temperature} must be between 0.001 and 1000")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
-    need(cfg.model != "tiny" or TASKS[cfg.task].lazy, f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
+    need(cfg.model != "tiny" or TASKS[cfg.task].lazy,
+         f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
     need(cfg.model == "tiny" or (Path(cfg.model) / "config.json").is_file(),
          f"--model {cfg.model}: no config.json there; give 'tiny' or a checkpoint directory")
 
 
 def open_model(cfg: Config, rebuild: bool = False):
     """cfg.model -> policy, tokenizer on the device."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()                                # ours is enough
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return load_policy(tiny_base(cfg, device, rebuild) if cfg.model == "tiny" else cfg.model, device)
 
@@ -705,44 +735,8 @@ def check_prompts(policy, tokenizer, cfg: Config, examples: list):
     length = encode_prompts(tokenizer, [TASKS[cfg.task].prompt(ex) for ex in examples])[0].shape[1]
     room = policy.model.config.max_position_embeddings
     if length + cfg.completion_length > room:
-        raise BadInput(f"the longest prompt has {length} tokens, {cfg.completion_length} more to complete: the model's context is {room}")
-
-
-def peak_memory_mb() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
-
-
-class StopRequest:
-    """Within `with`, the first Ctrl-C or SIGTERM lets the current step finish and be saved; a second one ends at once."""
-
-    def __enter__(self):
-        self.wanted, self.before = False, {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-    def __exit__(self, *exc):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def check_run(folder: Path, cfg: Config, resume: bool, overwrite: bool):
-    """Raises BadInput if the folder holds a run already, or, to be resumed, none or one of another configuration."""
-    saved = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
-    if resume and saved is None:
-        raise BadInput(f"--resume: no run in {folder}")
-    if saved is not None and not resume and not overwrite:
-        raise BadInput(f"{folder} holds a run already: --resume continues it, --overwrite replaces it, --name NAME starts another")
-    other = [k for k, v in dataclasses.asdict(cfg).items() if resume and k not in MAY_CHANGE and saved.get(k) != v]
-    if other:
-        raise BadInput(f"{folder} was run with {', '.join(f'{k}={saved.get(k)!r}' for k in other)}, not "
-                       f"{', '.join(f'{k}={getattr(cfg, k)!r}' for k in other)}")
+        raise BadInput(f"the longest prompt has {length} tokens and {cfg.completion_length} to complete: "
+                       f"the model's context is {room}")
 
 
 def evaluate(policy, tokenizer, cfg: Config, examples: list, steps: int) -> dict:
@@ -755,13 +749,16 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
     """The loop, from the folder's checkpoint to max_steps. False if a stop was asked for before that."""
     optimizer, start, log, checkpoint = make_optimizer(policy, cfg), 0, folder / "log.csv", folder / "checkpoint.pt"
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=next(policy.model.parameters()).device, weights_only=True)
-        policy.model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-        seconds.update(saved["seconds"])
+        try:
+            saved = torch.load(checkpoint, map_location=next(policy.model.parameters()).device, weights_only=True)
+            policy.model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            start = saved["step"]
+            seconds.update(saved["seconds"])
+        except Exception as error:                                                   # torch raises many kinds
+            raise BadInput(f"{checkpoint} cannot be read: {str(error).strip().splitlines()[0]}") from None
     run_folder.write_log(log, run_folder.read_log(log, before_step=start))
-    with StopRequest() as stop, tqdm(desc="agrpo", unit="step", initial=start, total=max(start, cfg.max_steps)) as progress:
+    with run_folder.StopRequest() as stop, tqdm(desc="agrpo", unit="step", initial=start, total=max(start, cfg.max_steps)) as progress:
         for step in range(start, cfg.max_steps):
             row = train_step(policy, tokenizer, optimizer, examples, step, cfg)
             for part in ("rollout", "update"):
@@ -783,43 +780,37 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
 def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base: bool = False) -> int:
     """Everything that `python agrpo.py` does: base, evaluation, training, evaluation, table. Returns the exit code."""
     folder = Path("runs") / cfg.name
-    check_run(folder, cfg, resume, overwrite)
+    run_folder.check(folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data or None)
     begin = time.perf_counter()
     policy, tokenizer = open_model(cfg, rebuild_base)
     check_prompts(policy, tokenizer, cfg, examples + heldout)
     if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(folder / "config.json", dataclasses.asdict(cfg))
     seconds = {"base_model": time.perf_counter() - begin, "rollout": 0.0, "update": 0.0, "eval": 0.0}
     size = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    print(f"{cfg.model} model of {size:.2f} M parameters; {cfg.task}: {len(examples)} examples, {len(heldout)} held out; {folder}", flush=True)
+    print(f"{cfg.model} model of {size:.2f} M parameters; {cfg.task}: {len(examples)} examples, {len(heldout)} held out; {folder}",
+          flush=True)
 
     if not (folder / "eval_base.json").is_file():                                    # a resumed run has it
         run_folder.write_json(folder / "eval_base.json", [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)])
-    base = json.loads((folder / "eval_base.json").read_text())
+    base = run_folder.read_json(folder / "eval_base.json", list)
     print(f"base: {run_folder.percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} steps", flush=True)
-    if not train(policy, tokenizer, cfg, folder, examples, heldout[:-(-len(heldout) // 2)], seconds):
+    if not train(policy, tokenizer, cfg, folder, examples, heldout[:(len(heldout) + 1) // 2], seconds):
         print("stopped; the same command with --resume continues")
         return 130
     trained = [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)]
     seconds["eval"] += sum(r["seconds"] for r in base + trained)
     save_model(policy, tokenizer, folder / "model", cfg)
-    run_folder.report(folder, cfg, heldout, base, trained, seconds, peak_memory_mb())
+    run_folder.report(folder, cfg, heldout, base, trained, seconds)
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
-
-    def error(self, message):
-        raise BadInput(f"{message} (--help lists the flags)")
 
 
 def parse(argv) -> tuple[Config, dict]:
     """The command line: every field of Config is a flag; the task's shape is the default for what is not given."""
-    parser = Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = run_folder.Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
@@ -833,7 +824,9 @@ def parse(argv) -> tuple[Config, dict]:
     cfg = dataclasses.replace(cfg, name=cfg.name or f"{cfg.task}-{cfg.method}-seed{cfg.seed}")
     saved = Path("runs") / cfg.name / "config.json"
     if flags["resume"] and saved.is_file():                                          # the folder's settings, then the flags given
-        known = {k: v for k, v in json.loads(saved.read_text()).items() if k in Config.__dataclass_fields__}
+        known = {k: v for k, v in run_folder.read_json(saved).items() if k in Config.__dataclass_fields__}
+        if any(type(v) is not type(getattr(cfg, k)) for k, v in known.items()) or known.get("task") not in TASKS:
+            raise BadInput(f"{saved} is not the configuration of a run")
         cfg = dataclasses.replace(Config(**known), **{**given, "name": cfg.name})
     validate(cfg)
     return cfg, flags
@@ -846,6 +839,9 @@ def main(argv=None) -> int:
     except BadInput as error:
         print(f"agrpo: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"agrpo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact: --resume continues", file=sys.stderr)
         return 130

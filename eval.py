@@ -5,11 +5,14 @@
 
 agrpo.py calls `evaluate` before and after training, so both use the sampler, prompt and grader of training.
 """
+import argparse
 import csv
 import dataclasses
 import json
 import math
 import os
+import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -69,16 +72,45 @@ def write_atomically(path: Path, write: Callable):
     os.replace(partial, path)
 
 
+def read_json(path: Path, kind: type = dict):
+    """The object in a JSON file; raises BadInput if there is none of this kind."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+    if not isinstance(value, kind):
+        raise BadInput(f"cannot read {path}: not a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
 def write_json(path: Path, value):
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwrite: bool):
+    """Raises BadInput if the folder holds something already, or, to be resumed, no run or one of another configuration."""
+    is_run = (folder / "config.json").is_file() and not folder.is_symlink()
+    if resume and overwrite:
+        raise BadInput("--resume and --overwrite contradict each other")
+    if resume and not is_run:
+        raise BadInput(f"--resume: no run in {folder}")
+    if os.path.lexists(folder) and not resume and not (overwrite and is_run):
+        raise BadInput(f"{folder} holds a run already: --resume continues it, --overwrite replaces it, --name NAME starts another"
+                       if is_run else f"{folder} exists and is not a run folder: --name NAME starts elsewhere")
+    saved = read_json(folder / "config.json") if resume else {}
+    other = [k for k, v in settings.items() if resume and k not in may_change and saved.get(k) != v]
+    if other:
+        raise BadInput(f"{folder} was run with {', '.join(f'{k}={saved.get(k)!r}' for k in other)}, not "
+                       f"{', '.join(f'{k}={settings[k]!r}' for k in other)}")
 
 
 def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
     """The whole rows of log.csv before a step: what was logged after the checkpoint, or half written, is done again."""
     if not path.is_file():
         return []
-    with open(path, newline="") as f:
-        return [row for row in csv.DictReader(f) if None not in row.values() and int(row["step"]) < before_step]
+    with open(path, newline="", errors="replace") as f:
+        return [row for row in csv.DictReader(f) if None not in row.values() and row["step"].isdecimal()
+                and int(row["step"]) < before_step]
 
 
 def write_log(path: Path, rows: list[dict]):
@@ -91,7 +123,7 @@ def append_log(path: Path, row: dict):
         f.write(("" if f.tell() else ",".join(row) + "\n") + ",".join(map(str, row.values())) + "\n")
 
 
-def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds: dict, peak_memory_mb: int):
+def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds: dict):
     """What a finished run leaves: samples.txt, curve.png, frontier.png, summary.json, and the table on the screen.
     base, trained: results of `evaluate`, one per number of steps, the headline first."""
     samples = [f"{cfg.task}, greedy, {base[0]['steps']} denoising steps; + marks a solved one\n"]
@@ -106,11 +138,14 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     short = [{k: r[0][k] for k in ("solved", "n", "ci95")} for r in (base, trained)]
     by_steps = [{"steps": b["steps"], "nfe": t["nfe"], "base": b["solved"], "trained": t["solved"]} for b, t in zip(base, trained)]
     seconds = {k: round(v, 1) for k, v in {**seconds, "total": sum(seconds.values())}.items()}
-    write_json(folder / "summary.json", {"task": cfg.task, "model": cfg.model, "method": cfg.method, "seed": cfg.seed, "base": short[0],
-               "trained": short[1], "by_steps": by_steps, "seconds": seconds, "peak_memory_mb": peak_memory_mb})
+    write_json(folder / "summary.json", {
+        "task": cfg.task, "model": cfg.model, "method": cfg.method, "seed": cfg.seed, "base": short[0], "trained": short[1],
+        "by_steps": by_steps, "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
     print(f"\n{cfg.task}, {base[0]['n']} held-out examples, greedy: solved (95 % interval)")
-    print(table(["steps", "NFE", "base", "trained"], [[b["steps"], f"{t['nfe']:.1f}", percent(b), percent(t)] for b, t in zip(base, trained)]))
-    print(f"{len(rows)} training steps, {seconds['total']:.0f} s in all. Look at {folder}/curve.png and {folder}/samples.txt")
+    lines = [[b["steps"], f"{t['nfe']:.1f}", percent(b), percent(t)] for b, t in zip(base, trained)]
+    print(table(["steps", "NFE", "base", "trained"], lines))
+    print(f"{len(rows)} training steps, {seconds['total']:.0f} s in all. Look at {folder}/{'curve' if rows else 'frontier'}.png and "
+          f"{folder}/samples.txt")
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -150,9 +185,11 @@ def plot_curves(path: Path, runs: list[tuple], task: str):
             axis.plot(minutes, smooth, color=COLOUR["sampled"], lw=1.5, ls=(0, (4, 1)))
             axis.plot(*zip(*held), color=COLOUR["trained"], lw=2, marker="o", ms=4)
             axis.axhline(100 * base["solved"], color=COLOUR["base"], ls=":", lw=1)
-        label_end(axis, minutes[-1], smooth[-1], "sampled in training", COLOUR["sampled"])
-        label_end(axis, minutes[-1], held[-1][1], "held out, greedy", COLOUR["trained"])
-        label_end(axis, minutes[-1], 100 * base["solved"], "base, held out", COLOUR["base"])
+        top, used = axis.get_ylim()[1], -math.inf                                    # labels at the ends, none over another
+        for y, text, colour in sorted([(100 * base["solved"] + 0.03 * top, "base, held out", "base"), (held[-1][1], "held out, greedy", "trained"),
+                                       (smooth[-1], "sampled in training", "sampled")]):
+            used = max(y, used + 0.05 * top)
+            label_end(axis, minutes[-1], used, text, COLOUR[colour])
         axis.set_xlim(0, minutes[-1] * 1.35)
         axis.set_ylim(0)
     figure(path, f"Does AGRPO make the model better at {task}?", "minutes of rollout and update", "solved, %", draw)
@@ -170,15 +207,48 @@ def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % i
             label_end(axis, x[-1], y[-1], name, colour)
         axis.margins(x=0.12)
         axis.set_ylim(0)
-    figure(path, f"How many {task} answers are solved per denoiser call spent?", f"NFE: denoiser calls per completion ({band})", "solved, %", draw)
+    figure(path, f"How many {task} answers are solved per denoiser call?", f"NFE: denoiser calls per completion ({band})",
+           "solved, %", draw)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
+
+class StopRequest:
+    """Within `with`, the first Ctrl-C or SIGTERM lets the current step finish and be saved; a second one ends at once."""
+
+    def __enter__(self):
+        self.wanted, self.before = False, {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exc):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory_mb() -> int:
+    import torch
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def main(argv=None) -> int:
     import agrpo                                                             # here: agrpo itself imports this file
-    parser = agrpo.Parser(prog="eval.py", description="Solved share of a model on a task, greedy by default.")
+    parser = Parser(prog="eval.py", description="Solved share of a model on a task, greedy by default.")
     parser.add_argument("--model", default="tiny", help="tiny, a checkpoint directory or a run folder")
-    parser.add_argument("--task", default="sudoku")
+    parser.add_argument("--task", default="", help="default: that of the training run, sudoku for tiny")
     parser.add_argument("--data", default="", help="evaluate on this file instead of generated held-out examples")
     parser.add_argument("--limit", type=int, default=0, help="examples; 0: 512 generated ones, or the whole file")
     parser.add_argument("--steps", default="", help="denoising steps, comma separated; several draw the frontier")
@@ -187,25 +257,29 @@ def main(argv=None) -> int:
     parser.add_argument("--samples", type=int, default=1, help="completions per example (needs a temperature): pass@k")
     parser.add_argument("--completion-length", type=int, default=0, help="tokens; default: that of the training run")
     parser.add_argument("--block-length", type=int, default=0, help="tokens; default: that of the training run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling, and of the tiny base model")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--out", default="", help="write results and completions here as JSON, and FILE.png for several steps")
+    parser.add_argument("--out", default="", help="write results and completions to this .json, the figure beside it")
     try:
         args = parser.parse_args(argv)
         path = Path(args.model)
         if args.model != "tiny" and (path / "model" / "config.json").is_file():      # a run folder
             path = path / "model"
-        known = json.loads((path / "agrpo.json").read_text()) if (path / "agrpo.json").is_file() else {}
-        shape = {k: v for k, v in known.items() if k in ("completion_length", "block_length", "eval_steps")}
-        given = {k: v for k, v in (("completion_length", args.completion_length), ("block_length", args.block_length),
-                                   ("eval_steps", args.steps)) if v}
-        cfg = dataclasses.replace(agrpo.config_for(args.task), **{**shape, **given}, task=args.task, model=str(path), data=args.data,
-                                  device=args.device, seed=args.seed, unmasking=args.unmasking, temperature=args.temperature)
-        if args.samples < 1 or args.limit < 0 or args.batch < 1 or args.samples > 1 and args.temperature == 0:
+        elif (path / "checkpoint.pt").is_file():
+            raise BadInput(f"--model {path}: this run is not finished; agrpo.py --resume finishes it")
+        known = read_json(path / "agrpo.json") if (path / "agrpo.json").is_file() else {}
+        task = args.task or known.get("task", "sudoku")
+        given = {"completion_length": args.completion_length, "block_length": args.block_length, "eval_steps": args.steps}
+        shape = {k: v or known.get(k) for k, v in given.items() if v or isinstance(known.get(k), type(v))}
+        cfg = dataclasses.replace(agrpo.config_for(task), **shape, model=str(path), data=args.data, device=args.device,
+                                  seed=args.seed, unmasking=args.unmasking, temperature=args.temperature)
+        if not 0 < args.samples < 10**6 or not 0 <= args.limit < 10**6 or args.batch < 1 or args.samples > 1 and args.temperature == 0:
             raise BadInput("--samples and --batch must be at least 1, --limit at least 0; several --samples need a --temperature")
+        if args.out and (not args.out.endswith(".json") or not Path(args.out).parent.is_dir() or Path(args.out).is_dir()):
+            raise BadInput(f"--out {args.out}: must be a .json file in a folder that exists")
         agrpo.validate(cfg, training=False)
-        examples = load_examples(args.task, args.limit or (0 if args.data else 512), 0, "test", args.data or None)
+        examples = load_examples(task, args.limit or (0 if args.data else 512), 0, "test", args.data or None)
         policy, tokenizer = agrpo.open_model(cfg)
         agrpo.check_prompts(policy, tokenizer, cfg, examples)
         results, rows = [], []
@@ -213,10 +287,11 @@ def main(argv=None) -> int:
             repeated = [ex for ex in examples for _ in range(args.samples)]
             at = dataclasses.replace(cfg, steps=steps)
             result = evaluate(lambda exs, keys: agrpo.generate(policy, tokenizer, at, exs, [("eval", args.seed, *k) for k in keys]),
-                              args.task, repeated, args.batch)
-            solved = [TASKS[args.task].grade(t, ex) == 1 for t, ex in zip(result["completions"], repeated)]
+                              task, repeated, args.batch)
+            solved = [TASKS[task].grade(t, ex) == 1 for t, ex in zip(result["completions"], repeated)]
             any_of = [any(solved[i:i + args.samples]) for i in range(0, len(solved), args.samples)]
-            held = [s for s, ex in zip(solved, repeated) if held_out(args.task, ex)]
+            held = [s for s, ex in zip(solved, repeated) if held_out(task, ex)]
+            result["ci95"] = wilson(result["solved"] * len(examples), len(examples))     # samples of one example are not independent
             results.append({"steps": steps, **result, "pass_at_k": sum(any_of) / len(any_of), "k": args.samples,
                             "held_out": {"solved": sum(held) / max(1, len(held)), "n": len(held)}})
             rows.append([steps, f"{result['nfe']:.1f}", f"{result['tokens_per_nfe']:.2f}", percent(result), result["n"],
@@ -233,8 +308,8 @@ def main(argv=None) -> int:
     if args.out:
         write_json(Path(args.out), {"settings": dataclasses.asdict(cfg), "results": results})
     if len(results) > 1:
-        picture = Path(args.out or f"frontier-{args.task}").with_suffix(".png")
-        plot_frontier(picture, {path.parent.name if path.name == "model" else path.name: results}, args.task)
+        picture = Path(args.out or f"frontier-{task}").with_suffix(".png")
+        plot_frontier(picture, {path.parent.name if path.name == "model" else path.name: results}, task)
         print(f"frontier: {picture}")
     return 0
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import random
 import re
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -170,6 +171,8 @@ def sudoku_row(row: dict) -> dict:
     puzzle, solution = ex["puzzle"], ex["solution"]
     if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
         raise ValueError("puzzle and solution must be 16 digits each, 0 for an empty cell")
+    if sudoku_grade(solution, {"puzzle": puzzle, "solution": "-" * 16}) < 1:
+        raise ValueError("the solution is not a valid grid over the puzzle's clues")
     return {"puzzle": puzzle, "solution": solution}
 
 
@@ -189,6 +192,8 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
     if len(text) > 200 or not re.fullmatch(r"(?:[0-9]{1,9}(?![0-9])|[-+*/()\s])+", text):
         return None
     tokens, numbers, i = re.findall(r"[0-9]+|[-+*/()]", text), [], 0
+    if text.count("(") > 20 or text.count("-") > 20:                         # the parser recurses once for each
+        return None
 
     def take(*wanted):
         nonlocal i
@@ -233,7 +238,9 @@ def countdown_expression(completion: str) -> tuple[Fraction, list[int]] | None:
     >>> countdown_expression("<answer>\\\\boxed{3 \\\\times (4 - 1) = 9}</answer>")
     (Fraction(9, 1), [3, 4, 1])
     """
-    text = extract_answer(completion)[-400:]
+    text = extract_answer(completion)
+    if len(text) > 2000:
+        return None
     for pattern, replacement in LATEX:
         text = re.sub(pattern, replacement, text)
     lines = [line for line in text.splitlines() if line.strip()] or [""]
@@ -312,9 +319,10 @@ def countdown_lazy(example: dict, rng: random.Random) -> str:
 def countdown_row(row: dict) -> dict:
     """A row of a data file -> example; {nums, target} or d1's {input: "30,100,93", output: "23"}."""
     nums = row["nums"] if "nums" in row else [int(x) for x in str(row["input"]).split(",")]
-    if not nums or not all(type(x) is int for x in nums):
-        raise ValueError("nums must be a list of integers")
-    return {"nums": nums, "target": int(row["target"] if "target" in row else row["output"])}
+    target = row["target"] if "target" in row else int(str(row["output"]))
+    if not nums or not all(type(x) is int for x in [*nums, target]):
+        raise ValueError("nums must be a list of integers, target an integer")
+    return {"nums": list(nums), "target": target}
 
 
 # ------------------------------------------------------------------------------------------------------ GSM8K and MATH
@@ -341,6 +349,9 @@ def gsm8k_grade(completion: str, example: dict) -> float:
     return float(gold is not None and last_number(extract_answer(completion)) == gold)
 
 
+TOWER = re.compile(r"\^\s*\{?\s*[0-9]+\s*\}?\s*\^|\^\s*\{?\s*[0-9]{5,}|!\s*!|[0-9]{4,}\s*\)?\s*!")   # numbers too large to compute
+
+
 def math_grade(completion: str, example: dict) -> float:
     """1 if math-verify finds the answer equal to the example's.
 
@@ -348,18 +359,25 @@ def math_grade(completion: str, example: dict) -> float:
     1.0
     """
     from math_verify import parse, verify                                   # slow to import, and only this task needs it
+    answer = extract_answer(completion)
+    depth = [answer[:i + 1].count("{") - answer[:i + 1].count("}") for i in range(len(answer[:500]))]
+    if len(answer) > 500 or "boxed" in answer or any(d < 0 for d in depth) or depth[-1:] not in ([], [0]) or TOWER.search(answer):
+        return 0.0
+    limit = 5 if threading.current_thread() is threading.main_thread() else None     # seconds; math-verify's needs signals
     try:
-        gold, answer = (parse(f"\\boxed{{{t}}}", parsing_timeout=None) for t in (example["answer"], extract_answer(completion)[:500]))
-        return float(verify(gold, answer, timeout_seconds=None))
+        gold, answer = (parse(f"\\boxed{{{t}}}", parsing_timeout=limit) for t in (str(example["answer"]), answer))
+        return float(verify(gold, answer, timeout_seconds=limit))
     except Exception:                                                       # a completion must never end a run
         return 0.0
 
 
 def tag_parts(completion: str, correct: float) -> dict:
     """The published sum of the two maths tasks: 1/2 for reasoning tags + 1/2 for answer tags + 3 if correct."""
-    think = re.search(r"<(think|reasoning)>.*</\1>", completion[:MAX_CHARS], re.DOTALL)
-    answer = re.search(r"<answer>.*</answer>", completion[:MAX_CHARS], re.DOTALL)
-    return {"think": 0.5 * bool(think), "answer": 0.5 * bool(answer), "correct": 3 * correct}
+    def tagged(name):
+        start = completion.find(f"<{name}>")
+        return start >= 0 and completion.find(f"</{name}>", start) >= 0
+
+    return {"think": 0.5 * (tagged("think") or tagged("reasoning")), "answer": 0.5 * tagged("answer"), "correct": 3 * correct}
 
 
 # ----------------------------------------------------------------------------------------------------- the table of tasks
@@ -377,7 +395,11 @@ class Task:
 
 
 def _columns(*names):
-    return lambda row: {name: str(row[name]) for name in names}
+    def read(row):
+        if not all(type(row[name]) in (str, int, float) for name in names):
+            raise ValueError(f"{' and '.join(names)} must be text")
+        return {name: str(row[name]) for name in names}
+    return read
 
 
 TASKS = {
@@ -394,7 +416,7 @@ TASKS = {
 
 
 def grade(task: str, completion: str, example: dict) -> float:
-    """Grade in [0, 1]; 1 is solved. Never raises on any completion. Source: METHOD of each task above."""
+    """Grade in [0, 1]; 1 is solved. Never raises on any completion."""
     return TASKS[task].grade(completion, example)
 
 
@@ -427,21 +449,21 @@ def load_examples(task: str, n: int, seed: int, split: str, path: str | None = N
         if TASKS[task].generate is None:
             raise BadInput(f"task {task} cannot be generated: give --data FILE with columns as in the README")
         return TASKS[task].generate(n, seed, split)
+    examples, number = [], 0
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            lines = list(csv.DictReader(f)) if str(path).endswith(".csv") else [x for x in f.read().split("\n")]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            is_csv = str(path).lower().endswith(".csv")
+            rows = csv.DictReader(f) if is_csv else (line for line in f)
+            for i, row in enumerate(rows, start=1):
+                number = rows.line_num if is_csv else i
+                if is_csv or row.strip():
+                    examples.append(TASKS[task].row(row if is_csv else json.loads(row)))
+    except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read --data {path}: {error}") from None
-    examples = []
-    for number, line in enumerate(lines, start=2 if str(path).endswith(".csv") else 1):
-        if isinstance(line, str) and not line.strip():
-            continue
-        try:
-            examples.append(TASKS[task].row(json.loads(line) if isinstance(line, str) else line))
-        except KeyError as error:
-            raise BadInput(f"{path}:{number}: no column {error} for task {task}") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}:{number}: {error}") from None
+    except KeyError as error:
+        raise BadInput(f"{path}:{number}: no column {error} for task {task}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
+        raise BadInput(f"{path}:{number + isinstance(error, csv.Error)}: {error}") from None
     if not examples:
         raise BadInput(f"{path}: no examples in it")
     return examples[:n] if n else examples

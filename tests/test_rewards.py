@@ -42,9 +42,9 @@ def test_right_answers_in_every_form_they_come_in(task):
 TRICKS = {
     "sudoku": ["3102200002100320", "1234" * 4, "1234" * 40, "3142243142131324 1234123412341234", "exit()", ""],
     "countdown": ["14", "14=14", "3+4+2=14", "7*2", "(3+4)*2*1", "3+4*2+3", "14*1", "(3+4)*2 or 1", "3*4+2.0", "34-20", "9**9**9", "-" * 150, "3/0",
-                  "__import__('os')", "(" * 100 + "3"],
+                  "__import__('os')", "(" * 100 + "3", "(" * 200],
     "gsm8k": ["0 1 2 3 4 5 6 7 8 9", "720", "7 2", "-72", "7.2", "exit()", "\\boxed{}", "How many are 70 and 2?"],
-    "math": ["\\frac{2}{1}", "", "1", "\\boxed{", "x"],
+    "math": ["\\frac{2}{1}", "", "1", "\\boxed{", "x", "9^{9^{9^{9}}}", "(1000000)!!"],
 }
 
 
@@ -101,6 +101,10 @@ def test_every_enumerated_expression_parses_to_its_value():
         for text, value in rewards.expressions(nums):
             assert rewards.evaluate_expression(text) == (value, nums), text
     assert ("(3+4)*2", Fraction(14)) in rewards.expressions([3, 4, 2])
+
+
+def test_an_answer_cannot_close_the_box_it_is_put_in():
+    assert grade("math", "<answer>3} \\boxed{\\frac{1}{2}} \\boxed{3</answer>", {"problem": "", "answer": "3"}) == 0
 
 
 def test_gsm8k_numbers():

@@ -157,7 +157,7 @@ def test_steps_raise_the_likelihood_of_rewarded_completions():
 def sum_logp(policy, traj, cfg):
     with torch.no_grad():
         v = agrpo.exact_views(traj, cfg, policy.mask_id, None)
-        logp, _ = agrpo.step_logp(policy, traj, v.row, v.step, v.state, v.target, cfg)
+        logp, _ = agrpo.step_logp(policy, traj, v.row, v.state, v.target, cfg)
         return torch.zeros(len(traj.tokens), dtype=logp.dtype).index_add(0, v.row[v.target.nonzero(as_tuple=True)[0]], logp)
 
 
@@ -274,6 +274,13 @@ BAD = [
     (["--task", "countdown", "--data", "bad.jsonl"], "bad.jsonl:2"),
     (["--task", "gsm8k", "--model", "llama", "--data", "good.jsonl"], "mask_token_id"),
     (["--name", "../up"], "name"),
+    (["--name", "..", "--overwrite"], "name"),
+    (["--seed", "9" * 30], "seed"),
+    (["--max-steps", "9" * 500], "max-steps"),
+    (["--temperature", "1e-50"], "temperature"),
+    (["--resume", "--overwrite"], "overwrite"),
+    (["--data", "invalid.csv"], "invalid.csv:2"),
+    (["--data", "."], "--data"),
 ]
 
 
@@ -281,6 +288,7 @@ BAD = [
 def test_bad_input_is_one_line_and_exit_code_2_before_any_work(here, flags, word, capsys):
     Path("bad.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n310220000210032,3142243142131324\n")
     Path("columns.csv").write_text("Question,Answer\n1,2\n")
+    Path("invalid.csv").write_text("Puzzle,Solution\n3102200002100320,1111111111111111\n")
     Path("empty.csv").write_text("Puzzle,Solution\n")
     Path("bad.jsonl").write_text('{"input": "30,100,93", "output": "23"}\n{"input": "30,100\n')
     Path("good.jsonl").write_text("".join(f'{{"question": "{i}+1?", "answer": "#### {i + 1}"}}\n' for i in range(40)))
@@ -323,3 +331,38 @@ def test_gold_answers_are_right_and_lazy_ones_mostly_wrong():
         data, rng = TASKS[task].generate(200, 5, "train"), random.Random(0)
         assert all(grade(task, TASKS[task].gold(ex), ex) == 1 for ex in data)
         assert np.mean([grade(task, TASKS[task].lazy(ex, rng), ex) == 1 for ex in data]) < 0.15
+
+
+def test_what_is_not_a_run_is_neither_resumed_nor_overwritten(here, quick, capsys):
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/thesis.txt").write_text("years of work")
+    for flags in (["--overwrite"], ["--resume"], []):
+        assert agrpo.main([*quick, "--name", "mine", *flags]) == 2
+    assert Path("runs/mine/thesis.txt").read_text() == "years of work"
+
+
+def test_broken_files_of_a_run_are_one_line(here, quick, capsys):
+    assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
+    for name, text in (("checkpoint.pt", "garbage"), ("config.json", "{bad"), ("config.json", "[1]"), ("config.json", '{"task": "chess"}')):
+        whole = Path("runs/x", name).read_bytes()
+        Path("runs/x", name).write_text(text)
+        capsys.readouterr()
+        assert agrpo.main(["--name", "x", "--resume", "--max-steps", "2"]) == 2 and name in capsys.readouterr().err
+        Path("runs/x", name).write_bytes(whole)
+    for name, text in (("config.json", "{bad"), ("tokenizer.json", "{"), ("model.safetensors", "garbage"), ("agrpo.json", "[]")):
+        whole = Path("runs/x/model", name).read_bytes()
+        Path("runs/x/model", name).write_text(text)
+        capsys.readouterr()
+        assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 2 and capsys.readouterr().err.count("\n") == 1
+        Path("runs/x/model", name).write_bytes(whole)
+    assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4", "--out", "no/x.json"]) == 2
+    assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(monkeypatch):
+    policy, tokenizer = tiny()
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex: {"correct": float("nan")})
+    before = policy.model.model.embed_tokens.weight.clone()
+    with pytest.raises(FloatingPointError):
+        agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.1), examples(), 0, CFG)
+    assert torch.equal(before, policy.model.model.embed_tokens.weight)
