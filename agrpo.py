@@ -386,16 +386,16 @@ def merge_duplicates(step: Tensor, weight: Tensor, T: int) -> tuple[Tensor, Tens
 
 
 # ------------------------------------------------------------------------------------- advantages, views, the surrogate
-def group(advantage: Callable) -> Callable:
+def zero_if_equal(advantage: Callable) -> Callable:
     """A row of ADVANTAGES: reward (B, G) -> adv (B, G), exactly zero where a group's rewards are equal (not merely tiny
     by rounding, which would cost the group's passes)."""
     return lambda r: advantage(r).masked_fill(r.amax(1, keepdim=True) == r.amin(1, keepdim=True), 0.0)
 
 
 ADVANTAGES = {
-    "mean": group(lambda r: r - r.mean(1, keepdim=True)),
-    "leave_one_out": group(lambda r: (r - r.mean(1, keepdim=True)) * r.shape[1] / (r.shape[1] - 1)),
-    "std": group(lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)),
+    "mean": zero_if_equal(lambda r: r - r.mean(1, keepdim=True)),
+    "leave_one_out": zero_if_equal(lambda r: (r - r.mean(1, keepdim=True)) * r.shape[1] / (r.shape[1] - 1)),
+    "std": zero_if_equal(lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)),
 }
 
 NORMALIZERS = {                        # -> horizon m (N,), Z (N,): the steps that count, and what their sum is divided by
@@ -708,7 +708,7 @@ def validate(cfg: Config, training: bool = True):
     need(C % L == 0, f"--completion-length {C} is not a multiple of --block-length {L}")
     need(re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", cfg.eval_steps),
          f"--eval-steps {cfg.eval_steps!r}: numbers separated by commas")
-    for steps in [cfg.steps] * training + steps_of(cfg):
+    for steps in [cfg.steps, *steps_of(cfg)] if training else steps_of(cfg):
         need(steps > 0 and C % steps == 0 and steps * L % C == 0,
              f"{steps} steps do not divide completion length {C} into equal parts within blocks of {L}")
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p is at most 1, and needs --top-k: the support is stored as ids")

@@ -94,7 +94,8 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
         raise BadInput("--resume and --overwrite contradict each other")
     if resume and not is_run:
         raise BadInput(f"--resume: no run in {folder}")
-    if os.path.lexists(folder) and not resume and not (overwrite and is_run):
+    free = not os.path.lexists(folder) or folder.is_dir() and all(p.name.endswith(".partial") for p in folder.iterdir())
+    if not free and not resume and not (overwrite and is_run):                       # a kill at birth leaves an empty folder
         raise BadInput(f"{folder} holds a run already: --resume continues it, --overwrite replaces it, --name NAME starts another"
                        if is_run else f"{folder} exists and is not a run folder: --name NAME starts elsewhere")
     saved = read_json(folder / "config.json") if resume else {}
@@ -186,8 +187,9 @@ def plot_curves(path: Path, runs: list[tuple], task: str):
             axis.plot(*zip(*held), color=COLOUR["trained"], lw=2, marker="o", ms=4)
             axis.axhline(100 * base["solved"], color=COLOUR["base"], ls=":", lw=1)
         top, used = axis.get_ylim()[1], -math.inf                                    # labels at the ends, none over another
-        for y, text, colour in sorted([(100 * base["solved"] + 0.03 * top, "base, held out", "base"), (held[-1][1], "held out, greedy", "trained"),
-                                       (smooth[-1], "sampled in training", "sampled")]):
+        ends = [(100 * base["solved"] + 0.03 * top, "base, held out", "base"), (held[-1][1], "held out, greedy", "trained"),
+                (smooth[-1], "sampled in training", "sampled")]
+        for y, text, colour in sorted(ends):
             used = max(y, used + 0.05 * top)
             label_end(axis, minutes[-1], used, text, COLOUR[colour])
         axis.set_xlim(0, minutes[-1] * 1.35)

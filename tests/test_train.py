@@ -339,6 +339,9 @@ def test_what_is_not_a_run_is_neither_resumed_nor_overwritten(here, quick, capsy
     for flags in (["--overwrite"], ["--resume"], []):
         assert agrpo.main([*quick, "--name", "mine", *flags]) == 2
     assert Path("runs/mine/thesis.txt").read_text() == "years of work"
+    Path("runs/born").mkdir()                                                        # killed before its first file: free to use
+    Path("runs/born/config.json.partial").write_text("{")
+    assert agrpo.main([*quick, "--name", "born", "--max-steps", "0"]) == 0
 
 
 def test_broken_files_of_a_run_are_one_line(here, quick, capsys):
