@@ -3,7 +3,7 @@
 The algorithm in five lines:
     1. For each of B prompts denoise G completions; of each token keep the step that revealed it and its log-prob.
     2. Reward the completions; advantage = reward compared with the other G-1 of the same prompt.
-    3. The policy gradient is a sum over denoising steps t: draw K of them per completion (Eq. 5), spread evenly.
+    3. The policy gradient is a sum over denoising steps t: draw K of them per completion, where it is large (Eq. 5).
     4. Rebuild the state x_t each drawn step saw; score what it revealed again; clipped ratio times advantage (Eq. 3, 4).
     5. Weight each by 1/(K Z p_t), accumulate the gradients of all, then take one optimizer step.
 
@@ -18,21 +18,20 @@ Glossary, symbol in the paper's sense = name here (equation numbers are this pro
     A adv (N,)                         r ratio = exp(logp - logp_old)             B prompts x G completions = N rows
     C completion length                L block length                             V vocabulary, tau temperature
 
-Departs from the paper or its official code in:
-    1. every step until the sampler itself stops counts, also those that reveal the end: the horizon is a stopping time;
-    2. Z = T, a constant: with `--advantage leave_one_out` the expected gradient is 1/T that of E[R], exactly
-       (`--normalizer last_step` is the paper's);
-    3. advantages are divided by the group's standard deviation, which weights prompts (`--advantage mean` is the paper's:
-       (G-1)/G of the gradient of E[R]);
-    4. rollouts unmask in order of confidence, as evaluation does, not at random (`--unmasking random` is the paper's);
-    5. time steps are stratified per completion, not across the batch; duplicates are merged, weights kept exact;
-    6. where the order of unmasking depends on the model's random choices, its own log-probability is added (Eq. 6);
-    7. a finished row leaves the batch, zero-advantage groups are skipped, and MASK itself is never sampled.
+Departs from the paper or its official code in (`--preset official` goes back in 2 to 5):
+    1. where the order of unmasking depends on the model's random choices, its own log-probability is part of the likelihood
+       (Eq. 6): the gradient is exact (almost everywhere) under every sampler (`--position-term off`: tokens only, as published);
+    2. every step until the sampler itself stops counts, also those that reveal the end, and Z = T, a constant: with
+       `--advantage leave_one_out` the expected gradient is 1/T that of E[R], exactly (theirs: `--normalizer last_step`);
+    3. advantages are divided by the group's standard deviation, which weights prompts (theirs: `--advantage mean`);
+    4. rollouts unmask as evaluation does, by low confidence, not at random (theirs: `--unmasking random`);
+    5. time steps are drawn over the whole batch, none twice, in proportion to the size of their gradient, with weights that
+       keep the sum exact (theirs: `--timesteps batch_entropy`);
+    6. a finished row leaves the batch, zero-advantage groups are skipped, and MASK itself is never sampled.
 """
 import argparse
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -41,7 +40,6 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -55,32 +53,38 @@ from rewards import TASKS, BadInput, grade, load_examples, load_split, reward_pa
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """One line per knob; the command line is made from it (max_steps -> --max-steps)."""
-    task: str = "sudoku"               # row of rewards.TASKS
+    """One line per knob; the command line is made from it (max_steps -> --max-steps). CHOICES lists what words a knob takes."""
+    task: str = "sudoku"               # what to learn
     model: str = "tiny"                # "tiny", or a directory with a checkpoint
     data: str = ""                     # train and evaluate on this file instead of generated examples
     seed: int = 0                      # everything random is a function of it
-    device: str = "auto"               # auto, cpu, cuda
-    name: str = ""                     # run folder runs/NAME; default TASK-METHOD-seedSEED
+    device: str = "auto"               # auto: cuda if there is one
+    name: str = ""                     # run folder runs/NAME; default TASK-METHOD-seedSEED, or with the preset's name
+    preset: str = ""                   # official: the published estimator settings
     max_steps: int = 100               # optimizer steps = rollouts
     # rollout
     prompts: int = 16                  # B per step [paper: 16]
     completions: int = 16              # G per prompt [paper: 8]
     completion_length: int = 16        # C tokens [paper: 384]
     block_length: int = 16             # L tokens; blocks are denoised left to right [paper: 12]
-    steps: int = 8                     # T; each reveals C/T tokens [paper: 128]
-    unmasking: str = "confidence"      # row of UNMASK [paper: random]
+    steps: int = 8                     # T at most; each reveals at least C/T tokens [paper: 128]
+    unmasking: str = "low_confidence"  # which positions a step reveals [paper: random]
+    position_term: str = "on"          # off: token log-probs only, biased where the order is random by the model [paper: off]
+    order_score: str = "max_prob"      # how sure a position is, for confidence and plackett_luce
+    tau_pos: float = 1.0               # temperature of plackett_luce
+    threshold: float = 0.9             # for unmasking threshold: reveal all whose likeliest token has this probability
+    entropy_bound: float = 0.1         # for unmasking entropy_bound: on the summed entropies less the largest, nats
     temperature: float = 1.0           # tau [paper: 0.6]
     top_k: int = 0                     # sample among the k likeliest tokens; 0: all [paper: 150]
     top_p: float = 1.0                 # ... and among the fewest that hold this much probability; needs top_k [paper: 0.99]
     # estimator and loss
-    method: str = "agrpo"              # row of VIEWS
-    timesteps: str = "stratified"      # row of TIMESTEPS [paper: batch_entropy]
-    mc_steps: int = 4                  # K time steps drawn per completion [paper: 24]
-    normalizer: str = "steps"          # row of NORMALIZERS [paper: last_step]
-    advantage: str = "std"             # row of ADVANTAGES [paper: mean]
+    method: str = "agrpo"              # which states are scored
+    timesteps: str = "batch_gradient"  # how they are drawn [paper: batch_entropy]
+    mc_steps: int = 1                  # K time steps drawn per completion with an advantage, on average [paper: 24]
+    normalizer: str = "steps"          # Z: steps = T, constant; last_step = m of each completion [paper: last_step]
+    advantage: str = "std"             # of a reward within its group [paper: mean]
     clip: float = 0.2                  # eps of Eq. 4
     # optimizer
     lr: float = 5e-4                   # AdamW [paper: 5e-6, LoRA]
@@ -107,6 +111,12 @@ class Config:
 TASK_SHAPES = {                        # what a task needs otherwise; flags win over it
     "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3", "max_steps": 150, "lr": 1e-3,
                   "base_batch": 48},
+}
+
+PRESETS = {                            # --preset; flags win over it
+    "": {},
+    "official": {"unmasking": "random", "timesteps": "batch_entropy", "mc_steps": 2, "normalizer": "last_step", "advantage": "mean"},
+    # 24 of 128 steps there, 2 of 8 here
 }
 
 
@@ -164,58 +174,100 @@ def draw_tokens(logp: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1).clamp(max=logp.shape[1] - 1)
 
 
-# Which positions a step reveals. A row of UNMASK has two functions; n positions are open (masked, in the block) in all:
-#   score(logp, conf, token, u) -> (n,): the highest per row are revealed, ties go to the leftmost position
-#   order_logp(...) -> (N,): Eq. 6, log-probability of the choice; None where it carries no gradient
-# logp (n, V) is the sampling law, conf (n, V) the model's plain log-probs (what LLaDA compares), token (n,) the candidates.
+# Which positions a step reveals. It sees the open positions, n in all (masked, in the block being denoised): logp (n, V) the
+# sampling law, conf (n, V) the model's plain log-probs (what LLaDA compares), token (n,) candidates, u (n,) noise. A row of UNMASK:
+#   score(logp, conf, token, u, cfg) -> (n,)       the highest of each row are revealed, ties go to the leftmost position
+#   count(ranked, cfg) -> (N,)                     how many, from each row's scores in falling order (N, C), -inf where none is
+#                                                  open; None: C/T. Never fewer than C/T, so that T steps are always enough
+#   order_logp(logp, conf, token, open_, rank, cfg) -> (N,)    log pi_pos, the log-probability of the choice, given what the
+#                                                  trajectory keeps of it: rank (N, C) = 0, 1, .. as chosen, -1 not revealed;
+#       None: the choice does not depend on theta (random), or given theta it is not random at all. Then the token log-probs
+#       alone are the exact law (almost everywhere: where two scores tie, E[R] has no derivative).
 class Unmask(NamedTuple):
     score: Callable
+    count: Callable | None = None
     order_logp: Callable | None = None
 
 
-def losing_logp(logp: Tensor, conf: Tensor, token: Tensor, open_: Tensor, revealed: Tensor) -> Tensor:
-    """Eq. 6: log-probability (N,) that every open position not revealed drew a candidate that loses.
-
-    open_, revealed (N, L) bool; a candidate loses if its confidence is below c, the lowest that won, or equal to it but
-    further right. Winners' candidates are accounted for by their own token log-probs."""
-    row, position = open_.nonzero(as_tuple=True)                                     # (n,) of each open position
-    won = revealed[open_]                                                            # (n,)
-    winners = torch.full(open_.shape, math.inf, dtype=conf.dtype, device=conf.device)            # (N, L)
-    winners[row[won], position[won]] = conf.gather(1, token[:, None]).squeeze(1).detach()[won]
-    lowest, place = winners.flip(1).min(1)                                           # (N,) c, and where: rightmost of equals
-    place = open_.shape[1] - 1 - place
-    lost = ~won
-    c, right_of_it = lowest[row[lost], None], (position[lost] > place[row[lost]])[:, None]         # (losers, 1)
-    loses = (conf[lost] < c) | ((conf[lost] == c) & right_of_it)                     # (losers, V) candidates that lose
-    log_f = logp[lost].masked_fill(~loses, -math.inf).logsumexp(-1)                  # (losers,) log F_j(c)
-    return torch.zeros(len(open_), dtype=logp.dtype, device=logp.device).index_add(0, row[lost], log_f)
+LOG_ZERO = -1e4                        # stands for log 0: exp gives 0, sums stay finite, its gradient is 0
 
 
-UNMASK = {
-    "random": Unmask(lambda logp, conf, token, u: u),                                # order is independent of theta
-    "confidence": Unmask(lambda logp, conf, token, u: conf.max(-1).values),          # a function of theta without noise
-    "low_confidence": Unmask(lambda logp, conf, token, u: conf.gather(1, token[:, None]).squeeze(1), losing_logp),
+def open_positions(state: Tensor, mask_id: int, block_length: int) -> Tensor:
+    """state (N, C) -> (N, C) bool: the masked positions of the first block that has any."""
+    is_masked = state == mask_id
+    blocks_so_far = is_masked.unflatten(1, (-1, block_length)).any(-1).cumsum(1)     # (N, C/L) blocks with a mask, up to here
+    return is_masked & (blocks_so_far == 1).repeat_interleave(block_length, 1)
+
+
+def choose(score: Tensor, open_: Tensor, n: int, count: Callable | None = None, cfg=None) -> Tensor:
+    """The best scored open positions of each row, n or what `count` says: score (open_.sum(),), open_ (N, C) -> rank (N, C)."""
+    dense = torch.full(open_.shape, -math.inf, dtype=score.dtype, device=score.device)
+    dense[open_] = score
+    ranked, best = dense.sort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(best).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
+    many = count(ranked, cfg).clamp(min=n)[:, None] if count else n
+    return rank.masked_fill(~open_ | (rank >= many), -1)
+
+
+ORDER_SCORE = {                        # how sure a position is, whatever token it draws: conf (n, V) -> (n,)
+    "max_prob": lambda conf: conf.max(-1).values,                                    # its logarithm
+    "neg_entropy": lambda conf: (conf.exp() * conf.clamp(min=LOG_ZERO)).sum(-1),     # clamped: 0 log 0 = 0, and so its gradient
 }
 
 
-def choose(score: Tensor, open_: Tensor, n: int) -> Tensor:
-    """The n best scored open positions per row (all if fewer): score (open_.sum(),), open_ (N, L) -> (N, L) bool."""
-    dense = torch.full(open_.shape, -math.inf, dtype=score.dtype, device=score.device)
-    dense[open_] = score
-    best = dense.argsort(dim=1, descending=True, stable=True)[:, :n]
-    return torch.zeros_like(open_).scatter_(1, best, True) & open_
+def losing_logp(logp, conf, token, open_, rank, cfg) -> Tensor:
+    """Eq. 6: log-probability (N,) that every open position not revealed drew a candidate that loses: one whose confidence is
+    below c, the lowest that won, or equal to it but further right. (Winners' candidates are accounted for by their own
+    token log-probs.) If under new parameters no candidate of a position would lose, its log-probability is LOG_ZERO."""
+    row, position = open_.nonzero(as_tuple=True)                                     # (n,) of each open position
+    lost = rank[open_] < 0
+    winners = torch.full(open_.shape, math.inf, dtype=conf.dtype, device=conf.device)            # (N, C)
+    winners[row[~lost], position[~lost]] = conf.gather(1, token[:, None]).squeeze(1).detach()[~lost]
+    lowest, place = winners.flip(1).min(1)                                           # (N,) c, and where: rightmost of equals
+    place = open_.shape[1] - 1 - place
+    c, right_of_it = lowest[row[lost], None], (position[lost] > place[row[lost]])[:, None]         # (losers, 1)
+    loses = (conf[lost] < c) | ((conf[lost] == c) & right_of_it)                     # (losers, V) candidates that lose
+    log_f = logp[lost].masked_fill(~loses, -math.inf)
+    none = (log_f == -math.inf).all(1, keepdim=True)                                 # logsumexp of nothing has a NaN gradient
+    log_f = log_f.masked_fill(none, LOG_ZERO).logsumexp(-1).masked_fill(none.squeeze(1), LOG_ZERO)   # (losers,) log F_j(c)
+    return torch.zeros(len(open_), dtype=logp.dtype, device=logp.device).index_add(0, row[lost], log_f)
 
 
-@dataclass
+def plackett_luce_logp(logp, conf, token, open_, rank, cfg) -> Tensor:
+    """log-probability (N,) of drawing the revealed positions in the order of their rank: each against all not drawn before it."""
+    score = torch.full(open_.shape, -1e30, dtype=conf.dtype, device=conf.device).masked_scatter(
+        open_, ORDER_SCORE[cfg.order_score](conf) / cfg.tau_pos)                     # (N, C)
+    drawn_first = rank.masked_fill(rank < 0, rank.shape[1]).argsort(dim=1, stable=True)
+    score, drawn = score.gather(1, drawn_first), rank.gather(1, drawn_first) >= 0
+    return (score - score.flip(1).logcumsumexp(1).flip(1)).masked_fill(~drawn, 0.0).sum(1)
+
+
+UNMASK = {
+    "random": Unmask(lambda logp, conf, token, u, cfg: u),
+    "confidence": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE[cfg.order_score](conf)),
+    "low_confidence": Unmask(lambda logp, conf, token, u, cfg: conf.gather(1, token[:, None]).squeeze(1), None, losing_logp),
+    # as in DCoLT, trains the order too: Gumbel noise on the scores makes their order a draw with logits score / tau_pos
+    "plackett_luce": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE[cfg.order_score](conf) / cfg.tau_pos -
+                            (-u.clamp(min=1e-300).log()).log(), None, plackett_luce_logp),
+    "threshold": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["max_prob"](conf),           # all that are sure enough
+                        lambda ranked, cfg: (ranked >= math.log(cfg.threshold)).sum(1)),
+    "entropy_bound": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["neg_entropy"](conf),    # while sum H - max H <= the bound
+                            lambda ranked, cfg: (ranked - ranked.cumsum(1) <= cfg.entropy_bound).sum(1)),
+}
+
+
+@dataclasses.dataclass
 class Trajectory:
     """What a rollout did, N rows. Together with the parameters it determines everything after the rollout."""
     prompt: Tensor                     # (N, P) ids, left padded
     prompt_mask: Tensor                # (N, P) 1 = real token
     tokens: Tensor                     # (N, C) final completion
     reveal_step: Tensor                # (N, C) step that revealed the token; T: filled in after the row had finished
+    rank: Tensor                       # (N, C) place among those that the step revealed: 0, 1, ..
     logp: Tensor                       # (N, C) log-prob of the token under the sampling law when revealed
     order_logp: Tensor                 # (N, T) log-prob of each step's choice of positions, 0 without a law
-    entropy: Tensor                    # (N, C) of the sampling law when revealed, nats
+    entropy: Tensor                    # (N, T) of the sampling law, summed over the positions that each step revealed, nats
+    gradient: Tensor                   # (N, T) of each step's log-probs by the logits, squared lengths: tokens + positions
     support: Tensor | None             # (N, C, k) ids of the sampling law's support, V = none; None: all
     nfe: Tensor                        # (N,) denoiser calls the row took part in = its number of steps
     eos_id: int
@@ -233,43 +285,46 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
     keys: one hashable per row. A row's random numbers depend on its key alone, not on its neighbours or its padding.
     A row is finished, and leaves the batch, once a whole block of it is EOS; the rest is filled with EOS."""
     N, C, L, T = len(prompt), cfg.completion_length, cfg.block_length, cfg.steps
-    n_reveal, steps_per_block, device = C // T, T * L // C, prompt.device
-    rule, mask_id, eos_id = UNMASK[cfg.unmasking], policy.mask_id, policy.eos_id
+    rule, mask_id, eos_id, device = UNMASK[cfg.unmasking], policy.mask_id, policy.eos_id, prompt.device
     u = torch.stack([torch.rand(T, 2, L, generator=generator(*key), dtype=torch.float64) for key in keys]).to(device)
     tokens = prompt.new_full((N, C), mask_id)                                        # while MASK is in it, the state x_t
-    logp_, order_logp_, entropy_ = (torch.zeros(N, width, dtype=torch.float64, device=device) for width in (C, T, C))
-    traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T), logp_, order_logp_, entropy_, None,
-                      torch.zeros_like(tokens[:, 0]), eos_id)
+    logp_, order_logp_, entropy_, gradient_ = (torch.zeros(N, width, dtype=torch.float64, device=device) for width in (C, T, T, T))
+    traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T), torch.zeros_like(tokens), logp_, order_logp_,
+                      entropy_, gradient_, None, torch.zeros_like(tokens[:, 0]), eos_id)
     rows = torch.arange(N, device=device)                                            # rows not finished
     for t in range(T):
-        start = t // steps_per_block * L
-        block = slice(start, start + L)
-        open_ = tokens[rows, block] == mask_id                                       # (rows, L)
-        where = torch.zeros(len(rows), C, dtype=torch.bool, device=device)
-        where[:, block] = open_
-        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], where)     # (n, V)
+        open_ = open_positions(tokens[rows], mask_id, L)                             # (rows, C)
+        row, position = open_.nonzero(as_tuple=True)                                 # (n,) row-major, as logits
+        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], open_)     # (n, V)
         logp, support = sampling_law(logits, cfg)
-        candidate = draw_tokens(logp, u[rows, t, 0][open_])
         conf = logits.log_softmax(-1)
-        revealed = choose(rule.score(logp, conf, candidate, u[rows, t, 1][open_]), open_, n_reveal)      # (rows, L)
-        won = revealed[open_]                                                        # (n,) in the row-major order of logits
-        i, j = revealed.nonzero(as_tuple=True)                                       # ... and so are these
-        at = rows[i], start + j                                                      # row and position in (N, C)
-        traj.tokens[at] = candidate[won]
-        traj.reveal_step[at] = t
-        traj.logp[at] = logp[won].gather(1, candidate[won, None]).squeeze(1).double()
-        traj.entropy[at] = torch.special.entr(logp[won].exp()).sum(-1).double()
+        u_token, u_order = u[rows[row], t, :, position % L].unbind(-1)               # (n,) each
+        token = draw_tokens(logp, u_token)                                           # a candidate for every open position
+        rank = choose(rule.score(logp, conf, token, u_order, cfg), open_, C // T, rule.count, cfg)
+        won = rank[open_] >= 0                                                       # (n,)
+        at = rows[row[won]], position[won]                                           # row and position in (N, C)
+        p, own = logp[won].exp(), logp[won].gather(1, token[won, None]).squeeze(1)
+        traj.tokens[at], traj.reveal_step[at], traj.rank[at] = token[won], t, rank[open_][won]
+        size = (1 - 2 * own.exp() + p.square().sum(-1)) / (cfg.temperature or 1.0)**2     # |d own / d logits|^2
+        traj.logp[at] = own.double()
+        traj.entropy[:, t].index_add_(0, at[0], torch.special.entr(p).sum(-1).double())
+        traj.gradient[:, t].index_add_(0, at[0], size.double().clamp(min=0.0))
         if support is not None:
             if traj.support is None:
                 traj.support = tokens.new_zeros((N, C, support.shape[1]))
             traj.support[at] = support[won]
-        if rule.order_logp:
-            traj.order_logp[rows, t] = rule.order_logp(logp, conf, candidate, open_, revealed).double()
+        if rule.order_logp and cfg.position_term == "on":
+            with torch.enable_grad():                                                # to the logits only, for its size
+                z = logits.detach().requires_grad_()
+                order_logp = rule.order_logp(sampling_law(z, cfg)[0], z.log_softmax(-1), token, open_, rank, cfg)
+                size = torch.autograd.grad(order_logp.sum(), z)[0].square().sum(-1)  # (n,)
+            traj.order_logp[rows, t] = order_logp.detach().double()
+            traj.gradient[:, t].index_add_(0, rows[row], size.double())
         traj.nfe[rows] += 1
-        if (t + 1) % steps_per_block == 0:                                           # end of a block
-            rows = rows[~(tokens[rows, block] == eos_id).all(1)]
-            if len(rows) == 0:
-                break
+        blocks = tokens[rows].unflatten(1, (-1, L))                                  # (rows, C/L, L)
+        rows = rows[(blocks == mask_id).flatten(1).any(1) & ~(blocks == eos_id).all(-1).any(-1)]
+        if len(rows) == 0:
+            break
     tokens[tokens == mask_id] = eos_id                                               # deterministic: carries no loss
     return traj
 
@@ -287,42 +342,50 @@ def step_logp(policy, traj: Trajectory, row: Tensor, state: Tensor, target: Tens
     """Eq. 1, one step of each of M rows under the current parameters: token log-probs (targets,) in row-major order, and
     the log-probability (M,) of the choice of positions, None if the rule has none. One forward: the LM head is needed at
     the targets, and for a position law also at the open positions that lost."""
-    rule, where = UNMASK[cfg.unmasking], target
-    if rule.order_logp:
-        blocks = target.unflatten(1, (-1, cfg.block_length)).any(-1)                 # (M, C/L) the block being denoised
-        where = (state == policy.mask_id) & blocks.repeat_interleave(cfg.block_length, 1)
+    law, where = UNMASK[cfg.unmasking].order_logp if cfg.position_term == "on" else None, target
+    if law:
+        where = open_positions(state, policy.mask_id, cfg.block_length)
     logits = policy.logits(traj.prompt[row], traj.prompt_mask[row], state, where)    # (n, V)
-    won = target[where]                                                              # (n,)
     support = None if traj.support is None else traj.support[row][target]
-    logp, _ = sampling_law(logits[won], cfg, support)
+    logp, _ = sampling_law(logits[target[where]], cfg, support)
     token_logp = logp.gather(1, traj.tokens[row][target][:, None]).squeeze(1)
-    if not rule.order_logp:
+    if not law:
         return token_logp, None
-    L, block = cfg.block_length, blocks.float().argmax(1)                            # cut the block out: (M, C) -> (M, L)
-    open_, revealed = (x.unflatten(1, (-1, L))[torch.arange(len(row), device=row.device), block] for x in (where, target))
     logp, _ = sampling_law(logits, cfg)                  # losers have no stored support: found again, the same at theta_old
-    return token_logp, rule.order_logp(logp, logits.log_softmax(-1), traj.tokens[row][where], open_, revealed)
+    rank = traj.rank[row].masked_fill(~target, -1)
+    return token_logp, law(logp, logits.log_softmax(-1), traj.tokens[row][where], where, rank, cfg)
 
 
 # ------------------------------------------------------------------------------------------- quasi-Monte-Carlo timesteps
-# Eq. 5: sum_{t < m} f_t = E[ sum_k weight_k f(step_k) ]. Points u in [0, 1) (how evenly to spread the draws) go through
-# the inverse distribution of a proposal p_t (where to draw more); weight = 1/(K p_t) keeps the sum unbiased for any pair.
-BELOW_ONE = 1 - 2**-53                 # u may round up to 1, which is no point of [0, 1)
+# Eq. 5. A row of TIMESTEPS maps (visits, K, generator) to weight (N, T): 0 for a step not drawn, else 1/(K p_t) for each time
+# it was drawn (1/pi_t if it is drawn at most once, with probability pi_t), so that E[weight] = 1 for every t below the horizon
+# of a row with an advantage, and sum_t weight_t f_t estimates sum_t f_t without bias. A step drawn twice is one pass with twice
+# the weight. A row makes three choices: how evenly its points lie, where the proposal p_t draws more (a row of SIZES), and
+# whether it may draw a step twice.
+class Visits(NamedTuple):
+    """What is known of each step when the draws are made."""
+    horizon: Tensor                    # (N,) = m, the steps that count
+    entropy: Tensor                    # (N, T) summed over the tokens that the step revealed
+    gradient: Tensor                   # (N, T) length of the gradient of the step's log-prob with respect to the logits
+    adv: Tensor                        # (N,)
+
+    @property
+    def inside(self) -> Tensor:        # (N, T)
+        return torch.arange(self.entropy.shape[1]) < self.horizon[:, None]
 
 
-def iid(N, K, g):
-    return torch.rand(N, K, generator=g, dtype=torch.float64)
+SIZES = {
+    "uniform": lambda visits: torch.ones_like(visits.entropy),
+    "entropy": lambda visits: visits.entropy,
+    "root_entropy": lambda visits: visits.entropy.sqrt(),
+    "gradient": lambda visits: visits.gradient,
+}
 
 
-def batch_low_discrepancy(N, K, g):
-    """The paper's: N K points, one per cell of an even grid over [0, 1), dealt out at random: even over the batch."""
-    u = (torch.randperm(N * K, generator=g) + torch.rand(N * K, generator=g, dtype=torch.float64)) / (N * K)
-    return u.view(N, K)
-
-
-def row_stratified(N, K, g):
-    """One point in each K-th of [0, 1) for every row: even for each completion, whose advantage the draws share."""
-    return (torch.arange(K) + torch.rand(N, K, generator=g, dtype=torch.float64)) / K
+def proposal(size: Tensor, inside: Tensor, floor: float) -> Tensor:
+    """p (R, S), rows sum to 1: proportional to size, mixed with a uniform floor that bounds the weights; zero outside `inside`."""
+    size, inside = (size + 1e-9) * inside, inside.double()                           # all sizes zero: uniform
+    return (1 - floor) * size / size.sum(1, keepdim=True) + floor * inside / inside.sum(1, keepdim=True)
 
 
 def sobol(N, K, g):
@@ -333,62 +396,82 @@ def sobol(N, K, g):
                       .draw(K, dtype=torch.float64) for i, s in enumerate(seeds)], 1).T.contiguous()
 
 
-def uniform(horizon, entropy):
-    return (torch.arange(entropy.shape[1]) < horizon[:, None]).double() / horizon[:, None]
-
-
-def by_entropy(floor):
-    """p_t proportional to the summed entropy of the tokens revealed at t, mixed with a uniform floor so that 1/p_t stays
-    bounded. The paper's has none; the tiny constant only stands in for 0/0."""
-    def proposal(horizon, entropy):
-        h = (entropy.double() + 1e-9) * (uniform(horizon, entropy) > 0)
-        return (1 - floor) * h / h.sum(1, keepdim=True) + floor * uniform(horizon, entropy)
-    return proposal
-
-
-def draws(points, proposal):
-    """A row of TIMESTEPS: horizon (N,) = m, entropy (N, T), K, generator -> step (N, K), weight (N, K)."""
-    def rule(horizon, entropy, K, g):
-        p = proposal(horizon, entropy)                                               # (N, T), zero from the horizon on
-        cdf = p.cumsum(1)
-        u = points(len(horizon), K, g).clamp(max=BELOW_ONE)
-        step = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
-        step = torch.minimum(step, horizon[:, None] - 1)
-        return step, 1 / (K * p.gather(1, step))
-    return rule
-
-
-def without_replacement(horizon, entropy, K, g):
-    """min(K, m) different steps, each subset equally likely: weight m / min(K, m). K >= m gives the exact sum."""
-    order = torch.rand(entropy.shape, generator=g, dtype=torch.float64)
-    order = order.masked_fill(torch.arange(entropy.shape[1]) >= horizon[:, None], 2.0).argsort(1)[:, :K]
-    drawn = horizon.clamp(max=K)[:, None]
-    weight = torch.where(torch.arange(order.shape[1]) < drawn, horizon[:, None] / drawn, 0.0).double()
-    return order, weight                                                             # weight 0: no draw
-
-
-TIMESTEPS = {
-    "iid": draws(iid, uniform),
-    "batch": draws(batch_low_discrepancy, uniform),
-    "batch_entropy": draws(batch_low_discrepancy, by_entropy(floor=0.0)),            # the paper's
-    "stratified": draws(row_stratified, uniform),
-    "stratified_entropy": draws(row_stratified, by_entropy(floor=0.1)),
-    "sobol": draws(sobol, uniform),
-    "without_replacement": without_replacement,
+POINTS = {                             # N, K, generator -> u (N, K) in [0, 1)
+    "iid": lambda N, K, g: torch.rand(N, K, generator=g, dtype=torch.float64),
+    # the paper's: N K points, one per cell of an even grid over [0, 1), dealt out at random: even over the batch
+    "batch": lambda N, K, g: (torch.randperm(N * K, generator=g).view(N, K) + POINTS["iid"](N, K, g)) / (N * K),
+    # one point in each K-th of [0, 1) for every row: even for each completion, whose advantage the draws share
+    "stratified": lambda N, K, g: (torch.arange(K) + POINTS["iid"](N, K, g)) / K,
+    "sobol": sobol,
 }
 
 
-def merge_duplicates(step: Tensor, weight: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, K) draws -> row, step, weight (M,): a step drawn twice for a row is one pass with the sum of the weights."""
-    total = torch.zeros(len(step), T, dtype=weight.dtype).scatter_add_(1, step, weight)     # (N, T)
-    row, step = total.nonzero(as_tuple=True)
-    return row, step, total[row, step]
+def with_replacement(points: str, size: str, floor: float = 0.1) -> Callable:
+    """K points of each row go through the inverse distribution of its proposal."""
+    def rule(visits, K, g):
+        p = proposal(SIZES[size](visits), visits.inside, floor)                      # (N, T)
+        cdf = p.cumsum(1)
+        u = POINTS[points](len(p), K, g).clamp(max=1 - 2**-53)                       # it may round up to 1
+        step = torch.minimum(torch.searchsorted(cdf, u * cdf[:, -1:], right=True), visits.horizon[:, None] - 1)
+        return torch.zeros_like(p).scatter_add_(1, step, 1 / (K * p.gather(1, step)))
+    return rule
+
+
+def without_replacement(size: str, floor: float = 0.1) -> Callable:
+    """K different steps of each row by systematic sampling; K >= m gives the exact sum."""
+    return lambda visits, K, g: systematic(proposal(SIZES[size](visits), visits.inside, floor),
+                                           visits.horizon.clamp(max=K)[:, None], g)
+
+
+def over_batch(size: str, floor: float = 0.1) -> Callable:
+    """The same over all steps of all rows at once, in proportion to |A| times size: as many passes as K a row, spent where the
+    gradient is. Rows without an advantage have none, and get no pass. The steps are laid out in random order, so that no
+    period of the batch meets that of the comb."""
+    def rule(visits, K, g):
+        if not visits.adv.any():
+            return torch.zeros_like(visits.entropy)
+        active, shuffled = visits.adv != 0, torch.randperm(visits.entropy.numel(), generator=g)
+        p = proposal(SIZES[size](visits).view(1, -1), (visits.inside & active[:, None]).view(1, -1), floor)
+        p = p * visits.adv.abs().repeat_interleave(visits.entropy.shape[1])          # the floor bounds |A| x weight
+        weight = systematic(p[:, shuffled], visits.horizon.clamp(max=K)[active].sum().view(1, 1), g)
+        return weight[:, shuffled.argsort()].view_as(visits.entropy)
+    return rule
+
+
+def systematic(size: Tensor, many: Tensor, g: torch.Generator) -> Tensor:
+    """`many` (R, 1) different columns of each row of size (R, S), column s with probability pi_s = min(1, c size_s): a comb of
+    teeth one apart, at a random offset, laid over the running sum of pi. It hits a column at most once and neighbours
+    seldom together. -> 1/pi_s where hit, else 0: the estimate of Horvitz and Thompson."""
+    sure = torch.zeros_like(size, dtype=torch.bool)
+    while True:                                                                      # find c: who would exceed 1 is sure
+        rest = size.masked_fill(sure, 0.0)
+        pi = (many - sure.sum(1, keepdim=True)) * rest / rest.sum(1, keepdim=True).clamp(min=1e-300)
+        if not (more := pi >= 1 - 1e-9).any():
+            break
+        sure |= more
+    pi = pi.masked_fill(sure, 1.0)
+    teeth = (pi.cumsum(1) - torch.rand(len(size), 1, generator=g, dtype=torch.float64)).ceil()      # teeth up to each column
+    return torch.where(teeth.diff(dim=1, prepend=torch.zeros_like(teeth[:, :1])) > 0, 1 / pi, 0.0)
+
+
+TIMESTEPS = {
+    "iid": with_replacement("iid", "uniform"),
+    "batch": with_replacement("batch", "uniform"),
+    "batch_entropy": with_replacement("batch", "entropy", floor=0.0),  # the paper's: weights without a bound
+    "stratified": with_replacement("stratified", "uniform"),
+    "stratified_entropy": with_replacement("stratified", "entropy"),
+    "stratified_root_entropy": with_replacement("stratified", "root_entropy"),
+    "stratified_gradient": with_replacement("stratified", "gradient"),
+    "sobol": with_replacement("sobol", "uniform"),
+    "without_replacement": without_replacement("uniform"),
+    "without_replacement_gradient": without_replacement("gradient"),
+    "batch_gradient": over_batch("gradient"),                                        # the default
+}
 
 
 # ------------------------------------------------------------------------------------- advantages, views, the surrogate
 def zero_if_equal(advantage: Callable) -> Callable:
-    """A row of ADVANTAGES: reward (B, G) -> adv (B, G), exactly zero where a group's rewards are equal (not merely tiny
-    by rounding, which would cost the group's passes)."""
+    """reward (B, G) -> adv (B, G), exactly zero where a group's rewards are equal: by rounding alone it would cost passes."""
     return lambda r: advantage(r).masked_fill(r.amax(1, keepdim=True) == r.amin(1, keepdim=True), 0.0)
 
 
@@ -416,25 +499,28 @@ class Views(NamedTuple):
         return Views(*(x[index] for x in self))
 
 
-def views_from(traj, row, step, weight, mask_id) -> Views:
-    row, step, weight = (x.to(traj.tokens.device) for x in (row, step, weight))
+def views_where(weight: Tensor, traj: Trajectory, mask_id: int) -> Views:
+    """weight (N, T) -> the steps where it is not zero, as views."""
+    row, step = (weight != 0).nonzero(as_tuple=True)
+    row, step, weight = (x.to(traj.tokens.device) for x in (row, step, weight[row, step]))
     return Views(row, step, *state_at(traj, row, step, mask_id), weight)
 
 
-def agrpo_views(traj: Trajectory, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
-    """K drawn states of every completion, weight 1/(K Z p_t) (Eq. 5)."""
+def visits_of(traj: Trajectory, adv: Tensor, horizon: Tensor) -> Visits:
+    return Visits(horizon, traj.entropy.cpu(), traj.gradient.cpu().sqrt(), adv.cpu().double())
+
+
+def agrpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """About K drawn states of every completion, weight 1/(K Z p_t) (Eq. 5)."""
     horizon, Z = (x.cpu() for x in NORMALIZERS[cfg.normalizer](traj, cfg))
-    entropy = torch.zeros(len(horizon), cfg.steps + 1, dtype=torch.float64)
-    entropy.scatter_add_(1, traj.reveal_step.cpu(), traj.entropy.cpu())              # (N, T + 1), the last for what was filled
-    row, step, weight = merge_duplicates(*TIMESTEPS[cfg.timesteps](horizon, entropy[:, :-1], cfg.mc_steps, g), cfg.steps)
-    return views_from(traj, row, step, weight / Z[row], mask_id)
+    weight = TIMESTEPS[cfg.timesteps](visits_of(traj, adv, horizon), cfg.mc_steps, g)     # (N, T)
+    return views_where(weight / Z[:, None], traj, mask_id)
 
 
-def exact_views(traj: Trajectory, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+def exact_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
     """Every state of every completion: what agrpo estimates, at up to T/K times the cost."""
     horizon, Z = (x.cpu() for x in NORMALIZERS[cfg.normalizer](traj, cfg))
-    row, step = (torch.arange(cfg.steps) < horizon[:, None]).nonzero(as_tuple=True)
-    return views_from(traj, row, step, 1 / Z[row].double(), mask_id)
+    return views_where((torch.arange(cfg.steps) < horizon[:, None]) / Z[:, None].double(), traj, mask_id)
 
 
 VIEWS = {"agrpo": agrpo_views, "exact": exact_views}
@@ -447,14 +533,17 @@ def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float) -> tuple
 
 
 def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Minus Eq. 4 for some of the views, and their token ratios. Losses of disjoint parts add up to that of the whole."""
+    """Minus Eq. 4 for some of the views, and their ratios (tokens, then choices of positions). Losses of disjoint parts add up."""
     row, target = views.row, views.target
     logp, order_logp = step_logp(policy, traj, row, views.state, target, cfg)
     view_of = target.nonzero(as_tuple=True)[0]                                       # (targets,) the view of each token
     gain, ratio = surrogate(logp, traj.logp[row][target], adv[row[view_of]], cfg.clip)
     total = (gain * views.weight[view_of]).sum()                 # tokens of a step are summed: Eq. 1 is a sum over them
-    if order_logp is not None:                                   # once per step: a step makes one choice of positions
-        total = total + (surrogate(order_logp, traj.order_logp[row, views.step], adv[row], cfg.clip)[0] * views.weight).sum()
+    # The choice of positions is one action of the step, made once however many tokens it reveals: its ratio enters, and is
+    # clipped, once per step. Multiplied into the token ratios it would count n times and drag tokens over the clip range.
+    if order_logp is not None:
+        gain, order_ratio = surrogate(order_logp, traj.order_logp[row, views.step], adv[row], cfg.clip)
+        total, ratio = total + (gain * views.weight).sum(), torch.cat([ratio, order_ratio])
     return -total / len(traj.tokens), ratio                      # 1/N: mean over completions, skipped ones (adv 0) included
 
 
@@ -498,9 +587,11 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     parts = [reward_parts(cfg.task, text, ex) for text, ex in zip(texts, batch)]
     reward = torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64)
     adv = ADVANTAGES[cfg.advantage](reward.view(cfg.prompts, cfg.completions)).view(-1)
+    if not all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient)):
+        raise FloatingPointError(f"step {step}: the rollout is not finite; the last checkpoint is intact (try a lower --lr)")
     rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
     # views: which states to score, and with which weight
-    views = VIEWS[cfg.method](traj, cfg, policy.mask_id, generator("timesteps", cfg.seed, step))
+    views = VIEWS[cfg.method](traj, adv, cfg, policy.mask_id, generator("timesteps", cfg.seed, step))
     adv = adv.to(traj.logp.device)
     views = views.select(adv[views.row] != 0)                               # no advantage, no gradient: no pass
     # accumulate the gradient over micro-batches, then one optimizer step
@@ -521,8 +612,8 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     return {"step": step, "reward": float(reward.mean()), **{f"reward_{k}": mean(p[k] for p in parts) for k in parts[0]},
             "solved": mean(grade(cfg.task, t, ex) == 1 for t, ex in zip(texts, batch)), "ratio": float(ratio.mean()),
             "clip_fraction": float(((ratio - 1).abs() > cfg.clip).float().mean()), "grad_norm": float(grad_norm),
-            "entropy": float(traj.entropy.mean()), "nfe": float(traj.nfe.float().mean()), "passes": len(views.row),
-            "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(),
+            "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
+            "passes": len(views.row), "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(),
             "rollout_seconds": round(rollout_seconds, 3), "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
@@ -555,7 +646,7 @@ def load_policy(path: str, device: str) -> tuple[Policy, object]:
         model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         encode_prompts(tokenizer, ["1"])
     except Exception as error:                                                       # whatever the libraries raise on a bad file
-        raise BadInput(f"--model {path}: {str(error).strip().splitlines()[0]}") from None
+        raise BadInput(f"--model {path}: {run_folder.first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise BadInput(f"--model {path}: its tokenizer has no end-of-sequence token")
     problems = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
@@ -622,8 +713,8 @@ def tiny_model(tokenizer, cfg: Config):
 
 
 def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
-    """The tiny base model: able, but not inclined. SFT on examples of which base_lazy are answered by a lazy rule, the
-    rest right, so that many samples find a right answer and a single one seldom does."""
+    """The tiny base model: able, but not inclined. SFT on answers of which a share of base_lazy follow a lazy rule, the others
+    are right, so that many samples find a right answer and a single one seldom does."""
     task, tokenizer = TASKS[cfg.task], tiny_tokenizer()
     policy = Policy(tiny_model(tokenizer, cfg).to(device), tokenizer.mask_token_id, tokenizer.eos_token_id)
     examples, rng = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train"), random.Random(cfg.seed)
@@ -636,8 +727,7 @@ def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
                 raise BadInput(f"--completion-length {cfg.completion_length}: an answer has {len(ids)} tokens, {text!r}")
             answers[kind, i, :len(ids)] = torch.tensor(ids)
     answers, g = answers.to(device), generator("sft", cfg.seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(                                    # up for a tenth of the steps, then down to zero
         optimizer, lambda s: min(1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
     progress = tqdm(range(cfg.base_steps), desc="base model", unit="step", mininterval=1)
@@ -673,18 +763,21 @@ def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
 
 
 # -------------------------------------------------------------------------------------------- run folder, command line
-EVALUATION = {"unmasking": "low_confidence", "temperature": 0.0, "top_k": 0}           # greedy, as the paper evaluates
+EVALUATION = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0}       # greedy, as the paper's
 MAY_CHANGE = ("max_steps", "device", "save_every")                                     # on --resume; the rest is the run
 
 
 def config_for(task: str) -> Config:
-    if task not in TASKS:
-        raise BadInput(f"unknown --task {task!r}: one of {', '.join(TASKS)}")
     return Config(task=task, **TASK_SHAPES.get(task, {}))
 
 
 def steps_of(cfg: Config) -> list[int]:
     return [int(s) for s in cfg.eval_steps.split(",")]
+
+
+CHOICES = {"task": TASKS, "preset": PRESETS, "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK, "position_term": ("on", "off"),
+           "order_score": ORDER_SCORE, "method": VIEWS, "timesteps": TIMESTEPS, "normalizer": NORMALIZERS, "advantage": ADVANTAGES}
+MAY_BE_ZERO = {"seed", "max_steps", "top_k", "entropy_bound", "warmup", "decay_steps", "weight_decay", "eval_every", "base_lazy"}
 
 
 def validate(cfg: Config, training: bool = True):
@@ -693,17 +786,7 @@ def validate(cfg: Config, training: bool = True):
         if not holds:
             raise BadInput(message)
 
-    for name, rows in {"unmasking": UNMASK, "timesteps": TIMESTEPS, "method": VIEWS, "advantage": ADVANTAGES,
-                       "normalizer": NORMALIZERS, "device": ("auto", "cpu", "cuda")}.items():
-        need(getattr(cfg, name) in rows, f"unknown --{name} {getattr(cfg, name)!r}: one of {', '.join(rows)}")
-    may_be_zero = {"seed", "max_steps", "top_k", "warmup", "decay_steps", "weight_decay", "eval_every", "base_lazy"}
-    may_be_zero |= set() if training else {"temperature"}
-    for field in dataclasses.fields(cfg):
-        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        if field.type in (int, float):
-            need(value != value or abs(value) < 2**31, f"{flag} is too large")
-            need(math.isfinite(value) and (value > 0 or value == 0 and field.name in may_be_zero),
-                 f"{flag} {value} must be {'at least' if field.name in may_be_zero else 'above'} 0")
+    run_folder.check_settings(cfg, CHOICES, MAY_BE_ZERO if training else {*MAY_BE_ZERO, "temperature"})
     C, L = cfg.completion_length, cfg.block_length
     need(C % L == 0, f"--completion-length {C} is not a multiple of --block-length {L}")
     need(re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", cfg.eval_steps),
@@ -713,9 +796,13 @@ def validate(cfg: Config, training: bool = True):
              f"{steps} steps do not divide completion length {C} into equal parts within blocks of {L}")
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p is at most 1, and needs --top-k: the support is stored as ids")
     need(cfg.completions > 1, "--completions must be at least 2: an advantage compares the completions of a prompt")
-    need(cfg.base_lazy <= 1 and cfg.base_hidden % 16 == 0, "--base-lazy must be at most 1 and --base-hidden a multiple of 16")
+    need(max(cfg.threshold, cfg.base_lazy) <= 1, "--threshold and --base-lazy must be at most 1")
+    need(cfg.model != "tiny" or C <= 200, f"--completion-length {C}: the tiny model's context is 256")
+    need(max(cfg.train_examples, cfg.eval_examples) <= 100_000, "--train-examples and --eval-examples must be at most 100000")
+    need(cfg.base_hidden % 16 == 0, f"--base-hidden {cfg.base_hidden} must be a multiple of 16")
     need(re.fullmatch(r"\w[\w.-]{0,100}", cfg.name or "x"), f"--name {cfg.name!r} must be a plain name: the folder is runs/NAME")
     need(cfg.temperature == 0 or 1e-3 <= cfg.temperature <= 1e3, f"--temperature {cfg.temperature} must be between 0.001 and 1000")
+    need(1e-3 <= cfg.tau_pos <= 1e3, f"--tau-pos {cfg.tau_pos} must be between 0.001 and 1000")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
     need(cfg.model != "tiny" or TASKS[cfg.task].lazy,
          f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
@@ -723,20 +810,16 @@ def validate(cfg: Config, training: bool = True):
          f"--model {cfg.model}: no config.json there; give 'tiny' or a checkpoint directory")
 
 
-def open_model(cfg: Config, rebuild: bool = False):
-    """cfg.model -> policy, tokenizer on the device."""
+def open_model(cfg: Config, examples: list, rebuild: bool = False):
+    """cfg.model -> policy, tokenizer on the device. Raises BadInput if a prompt and its completion do not fit the context."""
     import transformers
     transformers.utils.logging.disable_progress_bar()                                # ours is enough
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return load_policy(tiny_base(cfg, device, rebuild) if cfg.model == "tiny" else cfg.model, device)
-
-
-def check_prompts(policy, tokenizer, cfg: Config, examples: list):
+    policy, tokenizer = load_policy(tiny_base(cfg, device, rebuild) if cfg.model == "tiny" else cfg.model, device)
     length = encode_prompts(tokenizer, [TASKS[cfg.task].prompt(ex) for ex in examples])[0].shape[1]
-    room = policy.model.config.max_position_embeddings
-    if length + cfg.completion_length > room:
-        raise BadInput(f"the longest prompt has {length} tokens and {cfg.completion_length} to complete: "
-                       f"the model's context is {room}")
+    if length + cfg.completion_length > (room := policy.model.config.max_position_embeddings):
+        raise BadInput(f"the longest prompt has {length} tokens, a completion {cfg.completion_length}; the context is {room}")
+    return policy, tokenizer
 
 
 def evaluate(policy, tokenizer, cfg: Config, examples: list, steps: int) -> dict:
@@ -749,14 +832,9 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
     """The loop, from the folder's checkpoint to max_steps. False if a stop was asked for before that."""
     optimizer, start, log, checkpoint = make_optimizer(policy, cfg), 0, folder / "log.csv", folder / "checkpoint.pt"
     if checkpoint.is_file():
-        try:
-            saved = torch.load(checkpoint, map_location=next(policy.model.parameters()).device, weights_only=True)
-            policy.model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            start = saved["step"]
-            seconds.update(saved["seconds"])
-        except Exception as error:                                                   # torch raises many kinds
-            raise BadInput(f"{checkpoint} cannot be read: {str(error).strip().splitlines()[0]}") from None
+        saved = run_folder.load_checkpoint(checkpoint, policy.model, optimizer)
+        start = saved["step"]
+        seconds.update(saved["seconds"])
     run_folder.write_log(log, run_folder.read_log(log, before_step=start))
     with run_folder.StopRequest() as stop, tqdm(desc="agrpo", unit="step", initial=start, total=max(start, cfg.max_steps)) as progress:
         for step in range(start, cfg.max_steps):
@@ -768,8 +846,7 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
                 row["heldout"], seconds["eval"] = result["solved"], seconds["eval"] + result["seconds"]
             run_folder.append_log(log, row)                      # the row first, then the checkpoint: a run killed in
             if (step + 1) % cfg.save_every == 0 or stop.wanted or step + 1 == cfg.max_steps:   # between repeats a step
-                state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": seconds}
-                run_folder.write_atomically(checkpoint, lambda f: torch.save(state, f))
+                run_folder.save_checkpoint(checkpoint, policy.model, optimizer, step=step + 1, seconds=seconds)
             progress.update()
             progress.set_postfix({k: f"{row[k]:.3g}" for k in ("reward", "solved", "ratio", "grad_norm", "entropy", "nfe")})
             if stop.wanted:
@@ -783,8 +860,7 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
     run_folder.check(folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data or None)
     begin = time.perf_counter()
-    policy, tokenizer = open_model(cfg, rebuild_base)
-    check_prompts(policy, tokenizer, cfg, examples + heldout)
+    policy, tokenizer = open_model(cfg, examples + heldout, rebuild_base)
     if overwrite:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -809,39 +885,31 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
 
 
 def parse(argv) -> tuple[Config, dict]:
-    """The command line: every field of Config is a flag; the task's shape is the default for what is not given."""
+    """The command line: every field of Config is a flag; what is not given comes from the preset, then from the task's shape."""
     parser = run_folder.Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for field in dataclasses.fields(Config):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
-                            help=f"{meaning.get(field.name, '')} [default: {field.default}]".replace("%", "%%"))
+    run_folder.add_flags(parser, Config(), CHOICES)
     for flag, text in (("--resume", "continue runs/NAME"), ("--overwrite", "replace runs/NAME"),
                        ("--rebuild-base", "train the tiny base model again")):
         parser.add_argument(flag, action="store_true", help=text)
     given = vars(parser.parse_args(argv))
     flags = {k: given.pop(k) for k in ("resume", "overwrite", "rebuild_base")}
-    cfg = dataclasses.replace(config_for(given.get("task", Config.task)), **given)
-    cfg = dataclasses.replace(cfg, name=cfg.name or f"{cfg.task}-{cfg.method}-seed{cfg.seed}")
+    cfg = dataclasses.replace(config_for(given.get("task", Config.task)), **{**PRESETS.get(given.get("preset"), {}), **given})
+    cfg = dataclasses.replace(cfg, name=cfg.name or f"{cfg.task}-{cfg.preset or cfg.method}-seed{cfg.seed}")
     saved = Path("runs") / cfg.name / "config.json"
     if flags["resume"] and saved.is_file():                                          # the folder's settings, then the flags given
-        known = {k: v for k, v in run_folder.read_json(saved).items() if k in Config.__dataclass_fields__}
-        if any(type(v) is not type(getattr(cfg, k)) for k, v in known.items()) or known.get("task") not in TASKS:
-            raise BadInput(f"{saved} is not the configuration of a run")
-        cfg = dataclasses.replace(Config(**known), **{**given, "name": cfg.name})
+        cfg = dataclasses.replace(run_folder.read_settings(saved, Config), **{**given, "name": cfg.name})
     validate(cfg)
     return cfg, flags
 
 
 def main(argv=None) -> int:
+    """The command line; returns the exit code: 0 done, 1 the run failed, 2 a mistake of the caller, 130 stopped."""
     try:
         cfg, flags = parse(argv)
         return run(cfg, **flags)
-    except BadInput as error:
+    except (BadInput, FloatingPointError) as error:
         print(f"agrpo: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"agrpo: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact: --resume continues", file=sys.stderr)
         return 130

@@ -8,9 +8,11 @@ agrpo.py calls `evaluate` before and after training, so both use the sampler, pr
 import argparse
 import csv
 import dataclasses
+import inspect
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -72,14 +74,18 @@ def write_atomically(path: Path, write: Callable):
     os.replace(partial, path)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def read_json(path: Path, kind: type = dict):
     """The object in a JSON file; raises BadInput if there is none of this kind."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path}: {error}") from None
-    if not isinstance(value, kind):
-        raise BadInput(f"cannot read {path}: not a JSON {'object' if kind is dict else 'list'}")
+    if not isinstance(value, kind) or not value:
+        raise BadInput(f"cannot read {path}: not a JSON {'object' if kind is dict else 'list'} with something in it")
     return value
 
 
@@ -89,6 +95,8 @@ def write_json(path: Path, value):
 
 def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwrite: bool):
     """Raises BadInput if the folder holds something already, or, to be resumed, no run or one of another configuration."""
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise BadInput(f"{folder.parent} is not a folder")
     is_run = (folder / "config.json").is_file() and not folder.is_symlink()
     if resume and overwrite:
         raise BadInput("--resume and --overwrite contradict each other")
@@ -105,12 +113,30 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
                        f"{', '.join(f'{k}={settings[k]!r}' for k in other)}")
 
 
+def save_checkpoint(path: Path, model, optimizer, **rest):
+    import torch
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **rest}
+    write_atomically(path, lambda f: torch.save(state, f))
+
+
+def load_checkpoint(path: Path, model, optimizer) -> dict:
+    """Puts a checkpoint's weights into model and optimizer, returns the step and seconds it was saved at; raises BadInput."""
+    import torch
+    try:
+        saved = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return {"step": saved["step"], "seconds": saved["seconds"]}
+    except Exception as error:                                                       # torch raises many kinds
+        raise BadInput(f"{path} cannot be read: {first_line(error)}") from None
+
+
 def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
     """The whole rows of log.csv before a step: what was logged after the checkpoint, or half written, is done again."""
     if not path.is_file():
         return []
     with open(path, newline="", errors="replace") as f:
-        return [row for row in csv.DictReader(f) if None not in row.values() and row["step"].isdecimal()
+        return [row for row in csv.DictReader(f) if None not in row.values() and row.get("step", "").isdecimal()
                 and int(row["step"]) < before_step]
 
 
@@ -221,6 +247,39 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
+def add_flags(parser, settings, choices: dict, only=None):
+    """Every field of a dataclass (or those of `only`) as a flag, its meaning the comment behind it: max_steps -> --max-steps."""
+    meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(type(settings)), re.MULTILINE))
+    for field in dataclasses.fields(settings):
+        if only is None or field.name in only:
+            words = f" ({', '.join(filter(None, choices[field.name]))})" if field.name in choices else ""
+            parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
+                                help=f"{meaning.get(field.name, '')}{words} [default: {getattr(settings, field.name)}]"
+                                .replace("%", "%%"))
+
+
+def check_settings(settings, choices: dict, may_be_zero: set):
+    """Raises BadInput for a field that is none of its choices, or a number that is negative, infinite or zero against the rules."""
+    for field in dataclasses.fields(settings):
+        value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
+        rows = choices.get(field.name, (value,))
+        if value not in rows:
+            raise BadInput(f"unknown {flag} {value!r}: one of {', '.join(filter(None, rows))}")
+        if field.type in (int, float):
+            if value >= 2**31:
+                raise BadInput(f"{flag} is too large")
+            if not (value > 0 or value == 0 and field.name in may_be_zero):                # nan is neither
+                raise BadInput(f"{flag} {value} must be {'at least' if field.name in may_be_zero else 'above'} 0")
+
+
+def read_settings(path: Path, settings: type):
+    """The dataclass that write_json kept. Raises BadInput."""
+    known = {k: v for k, v in read_json(path).items() if k in settings.__dataclass_fields__}
+    if known.get("task") not in TASKS or any(type(v) is not settings.__dataclass_fields__[k].type for k, v in known.items()):
+        raise BadInput(f"{path} is not the configuration of a run")
+    return settings(**known)
+
+
 class StopRequest:
     """Within `with`, the first Ctrl-C or SIGTERM lets the current step finish and be saved; a second one ends at once."""
 
@@ -246,49 +305,46 @@ def peak_memory_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
+SAMPLING = ("task", "model", "data", "seed", "device", "completion_length", "block_length", "unmasking", "order_score", "tau_pos",
+            "threshold", "entropy_bound", "temperature", "top_k", "top_p")               # what an evaluation takes of agrpo.Config
+
+
 def main(argv=None) -> int:
     import agrpo                                                             # here: agrpo itself imports this file
-    parser = Parser(prog="eval.py", description="Solved share of a model on a task, greedy by default.")
-    parser.add_argument("--model", default="tiny", help="tiny, a checkpoint directory or a run folder")
-    parser.add_argument("--task", default="", help="default: that of the training run, sudoku for tiny")
-    parser.add_argument("--data", default="", help="evaluate on this file instead of generated held-out examples")
+    parser = Parser(prog="eval.py", description="Solved share of a model on a task, greedy by default. "
+                    "--model takes 'tiny', a checkpoint directory or a run folder of agrpo.py.")
+    add_flags(parser, agrpo.Config(**agrpo.EVALUATION), agrpo.CHOICES, SAMPLING)
     parser.add_argument("--limit", type=int, default=0, help="examples; 0: 512 generated ones, or the whole file")
     parser.add_argument("--steps", default="", help="denoising steps, comma separated; several draw the frontier")
-    parser.add_argument("--unmasking", default="low_confidence", help=", ".join(agrpo.UNMASK))
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--samples", type=int, default=1, help="completions per example (needs a temperature): pass@k")
-    parser.add_argument("--completion-length", type=int, default=0, help="tokens; default: that of the training run")
-    parser.add_argument("--block-length", type=int, default=0, help="tokens; default: that of the training run")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling, and of the tiny base model")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=256, help="completions denoised at once")
     parser.add_argument("--out", default="", help="write results and completions to this .json, the figure beside it")
     try:
         args = parser.parse_args(argv)
-        path = Path(args.model)
-        if args.model != "tiny" and (path / "model" / "config.json").is_file():      # a run folder
+        given = {k: v for k, v in vars(args).items() if k in SAMPLING}
+        path = Path(given.get("model", "tiny"))
+        if str(path) != "tiny" and (path / "model" / "config.json").is_file():       # a run folder
             path = path / "model"
         elif (path / "checkpoint.pt").is_file():
             raise BadInput(f"--model {path}: this run is not finished; agrpo.py --resume finishes it")
         known = read_json(path / "agrpo.json") if (path / "agrpo.json").is_file() else {}
-        task = args.task or known.get("task", "sudoku")
-        given = {"completion_length": args.completion_length, "block_length": args.block_length, "eval_steps": args.steps}
-        shape = {k: v or known.get(k) for k, v in given.items() if v or isinstance(known.get(k), type(v))}
-        cfg = dataclasses.replace(agrpo.config_for(task), **shape, model=str(path), data=args.data, device=args.device,
-                                  seed=args.seed, unmasking=args.unmasking, temperature=args.temperature)
-        if not 0 < args.samples < 10**6 or not 0 <= args.limit < 10**6 or args.batch < 1 or args.samples > 1 and args.temperature == 0:
-            raise BadInput("--samples and --batch must be at least 1, --limit at least 0; several --samples need a --temperature")
+        task = given.get("task") or str(known.get("task", "sudoku"))
+        shape = {k: known[k] for k, kind in (("completion_length", int), ("block_length", int), ("eval_steps", str))
+                 if type(known.get(k)) is kind}
+        shape |= {"eval_steps": args.steps} if args.steps else {}
+        cfg = dataclasses.replace(agrpo.config_for(task), **{**shape, **agrpo.EVALUATION, **given, "task": task, "model": str(path)})
+        if not 0 < args.samples < 10**6 or not 0 <= args.limit <= 10**5 or args.batch < 1 or args.samples > 1 and cfg.temperature == 0:
+            raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000; several --samples need a --temperature")
         if args.out and (not args.out.endswith(".json") or not Path(args.out).parent.is_dir() or Path(args.out).is_dir()):
             raise BadInput(f"--out {args.out}: must be a .json file in a folder that exists")
         agrpo.validate(cfg, training=False)
-        examples = load_examples(task, args.limit or (0 if args.data else 512), 0, "test", args.data or None)
-        policy, tokenizer = agrpo.open_model(cfg)
-        agrpo.check_prompts(policy, tokenizer, cfg, examples)
+        examples = load_examples(task, args.limit or (0 if cfg.data else 512), 0, "test", cfg.data or None)
+        policy, tokenizer = agrpo.open_model(cfg, examples)
         results, rows = [], []
         for steps in agrpo.steps_of(cfg):
             repeated = [ex for ex in examples for _ in range(args.samples)]
             at = dataclasses.replace(cfg, steps=steps)
-            result = evaluate(lambda exs, keys: agrpo.generate(policy, tokenizer, at, exs, [("eval", args.seed, *k) for k in keys]),
+            result = evaluate(lambda exs, keys: agrpo.generate(policy, tokenizer, at, exs, [("eval", cfg.seed, *k) for k in keys]),
                               task, repeated, args.batch)
             solved = [TASKS[task].grade(t, ex) == 1 for t, ex in zip(result["completions"], repeated)]
             any_of = [any(solved[i:i + args.samples]) for i in range(0, len(solved), args.samples)]
@@ -298,7 +354,7 @@ def main(argv=None) -> int:
                             "held_out": {"solved": sum(held) / max(1, len(held)), "n": len(held)}})
             rows.append([steps, f"{result['nfe']:.1f}", f"{result['tokens_per_nfe']:.2f}", percent(result), result["n"],
                          *([f"{100 * results[-1]['pass_at_k']:.1f} %"] if args.samples > 1 else []),
-                         *([f"{100 * sum(held) / len(held):.1f} % of {len(held)}"] if args.data and held else []),
+                         *([f"{100 * sum(held) / len(held):.1f} % of {len(held)}"] if cfg.data and held else []),
                          f"{result['seconds']:.1f}"])
     except BadInput as error:
         print(f"eval: {error}", file=sys.stderr)
@@ -306,7 +362,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         return 130
     print(table(["steps", "NFE", "tokens/NFE", "solved (95 % interval)", "n", *([f"pass@{args.samples}"] if args.samples > 1 else []),
-                 *(["solved, class never trained on"] if args.data and held else []), "seconds"], rows))
+                 *(["solved, class never trained on"] if cfg.data and held else []), "seconds"], rows))
     if args.out:
         write_json(Path(args.out), {"settings": dataclasses.asdict(cfg), "results": results})
     if len(results) > 1:

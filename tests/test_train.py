@@ -54,7 +54,7 @@ def varied_reward(monkeypatch):
     monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex: {"correct": float(sum(map(ord, text)) % 7)})
 
 
-@pytest.mark.parametrize("unmasking", ["confidence", "low_confidence"])
+@pytest.mark.parametrize("unmasking", ["confidence", "low_confidence", "plackett_luce"])
 def test_one_optimizer_step_and_one_gradient_whatever_the_micro_batch(unmasking, varied_reward):
     seen = []
     for micro in (1, 5, 1000):
@@ -76,7 +76,7 @@ def test_ratio_is_one_at_the_first_update_with_dropout_in_the_model():
     policy.model.config.attention_dropout = 0.5
     for layer in policy.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    _, ratio = agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, cfg, policy.mask_id, None), torch.ones(8).double(), cfg)
+    _, ratio = agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, None, cfg, policy.mask_id, None), torch.ones(8).double(), cfg)
     assert (ratio - 1).abs().max() < 1e-9
 
 
@@ -111,8 +111,11 @@ def test_rewards_meet_their_own_examples_and_texts_end_at_eos():
     again = [ex for ex in agrpo.batch_of_examples(examples("countdown"), 3, cfg) for _ in range(4)]
     _, texts = agrpo.generate(policy, tokenizer, cfg, again, [("rollout", 0, 3, i) for i in range(8)])
     assert log["reward"] == pytest.approx(np.mean([sum(reward_parts("countdown", t, ex).values()) for t, ex in zip(texts, again)]))
-    row = traj.tokens[0].tolist()
-    assert len(tokenizer.decode(row)) >= len(texts[0])
+    policy.eos_id = int(traj.tokens[0, 3])                                           # as if this one ended after three
+    traj, texts = agrpo.generate(policy, tokenizer, cfg, batch, [(i,) for i in range(len(batch))])
+    for row, text in zip(traj.tokens.tolist(), texts):
+        assert text == tokenizer.decode(row[:row.index(policy.eos_id)] if policy.eos_id in row else row)
+    assert any(policy.eos_id in row for row in traj.tokens.tolist())
 
 
 def test_every_example_is_used_once_per_pass_over_the_data():
@@ -121,11 +124,27 @@ def test_every_example_is_used_once_per_pass_over_the_data():
     assert all(sorted(drawn[i:i + 10]) == data for i in range(0, 30, 10)) and drawn[:10] != drawn[10:20]
 
 
-def test_zero_advantage_groups_cost_no_pass_and_change_no_gradient(monkeypatch):
+def test_the_learning_rate_warms_up_and_decays():
+    cfg = dataclasses.replace(CFG, lr=1.0, warmup=4, decay_steps=100)
+    assert [agrpo.learning_rate(s, dataclasses.replace(cfg, decay_steps=0)) for s in (0, 1, 3, 50)] == [0.25, 0.5, 1.0, 1.0]
+    assert agrpo.learning_rate(50, cfg) == pytest.approx(0.5) and agrpo.learning_rate(100, cfg) == pytest.approx(0.0)
+
+
+def test_every_step_draws_anew(varied_reward):
     policy, tokenizer = tiny()
+    same = examples()[:1] * 2                                                        # one example: only the random numbers differ
+    still, cfg = torch.optim.SGD(policy.model.parameters(), lr=0.0), dataclasses.replace(CFG, lr=0.0)
+    rows = [agrpo.train_step(policy, tokenizer, still, same, step, cfg) for step in (0, 1, 0)]
+    assert rows[0]["entropy"] == rows[2]["entropy"] != rows[1]["entropy"] and rows[0]["grad_norm"] == rows[2]["grad_norm"]
+
+
+@pytest.mark.parametrize("timesteps", ["batch_gradient", "stratified"])
+def test_zero_advantage_groups_cost_no_pass_and_change_no_gradient(monkeypatch, timesteps):
+    policy, tokenizer = tiny()
+    cfg = dataclasses.replace(CFG, timesteps=timesteps)
     monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex: {"correct": 1.0})
     optimizer = Watched(policy.model.parameters(), lr=1.0)
-    row = agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, CFG)
+    row = agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, cfg)
     assert row["passes"] == 0 and row["ratio"] == 1 and row["grad_norm"] == 0 and optimizer.grads == []
 
 
@@ -148,7 +167,7 @@ def test_steps_raise_the_likelihood_of_rewarded_completions():
 
     before, optimizer = score(), torch.optim.SGD(policy.model.parameters(), lr=0.05)
     for _ in range(3):
-        agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, cfg, policy.mask_id, None), adv, cfg)[0].backward()
+        agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, None, cfg, policy.mask_id, None), adv, cfg)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert score() > before + 1e-3
@@ -156,7 +175,7 @@ def test_steps_raise_the_likelihood_of_rewarded_completions():
 
 def sum_logp(policy, traj, cfg):
     with torch.no_grad():
-        v = agrpo.exact_views(traj, cfg, policy.mask_id, None)
+        v = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
         logp, _ = agrpo.step_logp(policy, traj, v.row, v.state, v.target, cfg)
         return torch.zeros(len(traj.tokens), dtype=logp.dtype).index_add(0, v.row[v.target.nonzero(as_tuple=True)[0]], logp)
 
@@ -247,7 +266,45 @@ def test_stop_signals_leave_a_checkpoint_and_resume(here, quick):
         assert weights_of(name)["step"] == done + 1
 
 
+def test_the_official_preset_is_the_published_estimator_and_flags_win(here, quick):
+    cfg, _ = agrpo.parse(["--preset", "official", "--mc-steps", "3"])
+    assert (cfg.unmasking, cfg.timesteps, cfg.normalizer, cfg.advantage, cfg.mc_steps) == ("random", "batch_entropy", "last_step", "mean", 3)
+    assert cfg.name == "sudoku-official-seed0"
+    assert agrpo.main([*quick, "--preset", "official", "--max-steps", "2"]) == 0
+    assert agrpo.main(["--name", "sudoku-official-seed0", "--resume", "--max-steps", "3"]) == 0        # the preset is remembered
+    assert run_folder.read_json(Path("runs/sudoku-official-seed0/config.json"))["timesteps"] == "batch_entropy"
+
+
+@pytest.mark.parametrize("unmasking", agrpo.UNMASK)
+def test_every_rule_of_unmasking_trains_and_evaluates(here, quick, unmasking, capsys):
+    assert agrpo.main([*quick, "--unmasking", unmasking, "--max-steps", "2", "--threshold", "0.02", "--entropy-bound", "99", "--name", "x"]) == 0
+    nfe = [float(row["nfe"]) for row in rows_of("x")]
+    assert all(x < 8 for x in nfe) if unmasking in ("threshold", "entropy_bound") else all(x == 8 for x in nfe)
+    assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "16", "--unmasking", unmasking, "--threshold", "0.02"]) == 0
+
+
+def test_half_precision_weights_give_float32_laws():
+    cfg = dataclasses.replace(CFG, unmasking="low_confidence", temperature=0.7)
+    policy, tokenizer = tiny(cfg, torch.bfloat16)
+    batch = [ex for ex in examples() for _ in range(4)][:8]
+    traj, _ = agrpo.generate(policy, tokenizer, cfg, batch, [(i,) for i in range(8)])
+    assert bool(torch.isfinite(traj.order_logp).all()) and bool(torch.isfinite(traj.logp).all())
+    views = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
+    loss, ratio = agrpo.policy_loss(policy, traj, views, torch.ones(8).double(), cfg)
+    loss.backward()
+    assert ratio.dtype == torch.float64 and (ratio[:8 * 16] - 1).abs().max() < 1e-5 and ratio.numel() == 8 * 16 + 8 * 8
+    assert all(bool(torch.isfinite(p.grad).all()) for p in policy.model.parameters() if p.grad is not None)
+
+
 BAD = [
+    (["--preset", "best"], "best"),
+    (["--position-term", "maybe"], "maybe"),
+    (["--order-score", "luck"], "luck"),
+    (["--threshold", "1.5"], "threshold"),
+    (["--completion-length", "256", "--block-length", "256", "--eval-steps", "8"], "256"),
+    (["--task", "countdown", "--train-examples", "500000"], "train-examples"),
+    (["--entropy-bound", "-1"], "entropy-bound"),
+    (["--tau-pos", "0"], "tau-pos"),
     (["--task", "chess"], "chess"),
     (["--model", "nowhere"], "nowhere"),
     (["--unmasking", "luck"], "luck"),
@@ -346,7 +403,8 @@ def test_what_is_not_a_run_is_neither_resumed_nor_overwritten(here, quick, capsy
 
 def test_broken_files_of_a_run_are_one_line(here, quick, capsys):
     assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
-    for name, text in (("checkpoint.pt", "garbage"), ("config.json", "{bad"), ("config.json", "[1]"), ("config.json", '{"task": "chess"}')):
+    for name, text in (("checkpoint.pt", "garbage"), ("config.json", "{bad"), ("config.json", "[1]"), ("config.json", '{"task": "chess"}'),
+                       ("checkpoint.pt", ""), ("eval_base.json", "[]")):
         whole = Path("runs/x", name).read_bytes()
         Path("runs/x", name).write_text(text)
         capsys.readouterr()
@@ -360,6 +418,16 @@ def test_broken_files_of_a_run_are_one_line(here, quick, capsys):
         Path("runs/x/model", name).write_bytes(whole)
     assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4", "--out", "no/x.json"]) == 2
     assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 0
+
+
+@pytest.mark.parametrize("timesteps", agrpo.TIMESTEPS)
+def test_weights_that_are_not_finite_stop_the_run(timesteps):
+    policy, tokenizer = tiny()
+    with torch.no_grad():
+        policy.model.lm_head.weight[40] = float("nan")
+    with pytest.raises(FloatingPointError):
+        agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.1), examples(), 0,
+                         dataclasses.replace(CFG, timesteps=timesteps))
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(monkeypatch):

@@ -1,0 +1,216 @@
+"""What the README says of variance and bias, measured. Run: python tests/study.py (minutes; writes CSV and figures to assets/)
+
+1. Variance: for a fixed batch of completions, how far the gradient estimated from a few drawn time steps is from the exact sum
+   over all of them, for every row of TIMESTEPS, on a table denoiser of 6 positions and on the tiny Sudoku model. From the Gram
+   matrix of the gradients of single steps, so that hundreds of draws cost nothing.
+2. Bias: by full enumeration of 20 random table denoisers in 8 settings, the expected gradient against autograd of the exact
+   expected reward for every row of UNMASK, with and without the position term; then bias and variance together.
+"""
+import csv
+import dataclasses
+import math
+import statistics
+import time
+from pathlib import Path
+
+import toy
+import torch
+from test_exact import SETTINGS, case, gradient_error
+
+import agrpo
+import eval as evaluation
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+PAPER, DEFAULT = "batch_entropy", agrpo.Config.timesteps
+DRAWS = 60
+
+
+def write(name: str, rows: list[dict]):
+    with open(ASSETS / name, "w", newline="") as f:
+        out = csv.DictWriter(f, rows[0], lineterminator="\n")
+        out.writeheader()
+        out.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- variance
+def table_batch(seed: int):
+    """4 groups of 16 completions of a table denoiser -> policy, trajectory, adv (N,), cfg"""
+    cfg = agrpo.Config(completion_length=6, block_length=6, steps=6)
+    policy = toy.TableDenoiser(6, V=3, seed=seed, scale=2.0)
+    prompt = torch.zeros(64, 1, dtype=torch.long)
+    traj = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(seed, i) for i in range(64)])
+    reward = torch.tensor([toy.reward_of(row, 3) for row in traj.tokens.tolist()], dtype=torch.float64)
+    return policy, traj, agrpo.ADVANTAGES["std"](reward.view(4, 16)).view(-1), cfg
+
+
+def sudoku_batch(seed: int):
+    """4 puzzles, 16 completions each, of the tiny base model, one token a step."""
+    cfg = dataclasses.replace(agrpo.config_for("sudoku"), steps=16, prompts=4, device="cpu")
+    examples = agrpo.load_examples("sudoku", 256, 0, "train")
+    policy, tokenizer = agrpo.open_model(cfg, examples)
+    batch = [ex for ex in agrpo.batch_of_examples(examples, seed, cfg) for _ in range(cfg.completions)]
+    traj, texts = agrpo.generate(policy, tokenizer, cfg, batch, [("study", seed, i) for i in range(len(batch))])
+    reward = torch.tensor([sum(agrpo.reward_parts("sudoku", t, ex).values()) for t, ex in zip(texts, batch)], dtype=torch.float64)
+    return policy, traj, agrpo.ADVANTAGES["std"](reward.view(4, 16)).view(-1), cfg
+
+
+def gram(policy, traj, adv, cfg) -> tuple[agrpo.Visits, torch.Tensor]:
+    """What TIMESTEPS sees of a batch, and the Gram matrix (N T, N T) of A_i times the gradient of each (row, step)."""
+    views, parameters = agrpo.exact_views(traj, adv, cfg, policy.mask_id, None), list(policy.model.parameters())
+    gradient = torch.zeros(len(adv) * cfg.steps, sum(p.numel() for p in parameters))
+    for i in (adv[views.row] != 0).nonzero().squeeze(1).tolist():
+        loss, _ = agrpo.policy_loss(policy, traj, views.select(slice(i, i + 1)), adv, cfg)
+        place = int(views.row[i]) * cfg.steps + int(views.step[i])
+        gradient[place] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    return agrpo.visits_of(traj, adv, traj.nfe), (gradient @ gradient.T).double()
+
+
+def variances(name: str, batches: list) -> list[dict]:
+    """Relative variance E|estimate - exact|^2 / |exact|^2 and passes per completion, for every row of TIMESTEPS and K."""
+    rows, T = [], batches[0][3].steps
+    found = [gram(*batch) for batch in batches]
+    for rule in agrpo.TIMESTEPS:
+        for K in (1, 2, 3, 4, 5) if T < 8 else (1, 2, 4, 8, 12):
+            variance, passes = [], []
+            for visits, G in found:
+                g, inside = torch.Generator().manual_seed(K), visits.inside.double()
+                weight = torch.stack([agrpo.TIMESTEPS[rule](visits, K, g) for _ in range(DRAWS)])             # (draws, N, T)
+                error = (weight - inside).flatten(1)
+                variance.append(float(((error @ G) * error).sum(1).mean() / (inside.flatten() @ G @ inside.flatten())))
+                passes.append(float((weight[:, visits.adv != 0] > 0).double().sum(2).mean()))
+            rows.append({"model": name, "timesteps": rule, "K": K, "passes": statistics.mean(passes),
+                         "relative_variance": statistics.mean(variance), "batches": len(batches), "draws": DRAWS})
+    return rows
+
+
+def at_passes(rows: list[dict], rule: str, passes: float) -> float:
+    """Variance of a rule at so many passes, on the line between its measured points (log-log); nan outside of them."""
+    points = sorted((r["passes"], r["relative_variance"]) for r in rows if r["timesteps"] == rule)
+    (x0, y0), (x1, y1) = next(((a, b) for a, b in zip(points, points[1:]) if b[0] >= passes), [(math.nan, math.nan)] * 2)
+    share = math.log(passes / x0) / math.log(x1 / x0)
+    return y0 ** (1 - share) * y1 ** share
+
+
+COLOUR = {"iid": "#999999", "batch_entropy": "#c0392b", "stratified": "#d9822b", "stratified_entropy": "#8e5a2b",
+          "stratified_gradient": "#7fb3d5", "without_replacement_gradient": "#2e8b57", "batch_gradient": "#0b62a4"}
+
+
+def plot_variance(rows: list[dict], model: str, title: str):
+    def draw(axis):
+        mine = [r for r in rows if r["model"] == model]
+        for rule, colour in COLOUR.items():
+            points = sorted((r["passes"], r["relative_variance"]) for r in mine if r["timesteps"] == rule)
+            axis.plot(*zip(*points), color=colour, marker="o", ms=4, lw=2.4 if rule in (PAPER, DEFAULT) else 1.2,
+                      ls="--" if rule == PAPER else "-")
+            evaluation.label_end(axis, points[-1][0], points[-1][1] * (0.7 if rule == "stratified_gradient" else 1),
+                                 rule + {PAPER: " (paper)", DEFAULT: " (default)"}.get(rule, ""), colour)
+        low, high = min(r["passes"] for r in mine), max(r["passes"] for r in mine)
+        top = at_passes(mine, "iid", low) * 1.6
+        axis.plot([low, high], [top, top * low / high], color="black", ls=":", lw=1)
+        axis.annotate("slope -1", (low * 1.05, top * 1.1), fontsize=8)
+        axis.set(xscale="log", yscale="log", xlim=(low * 0.95, high * 3.2))
+        ticks = [k for k in (1, 2, 3, 4, 6, 8, 12) if k <= high * 1.1]
+        axis.set_xticks(ticks, labels=map(str, ticks))
+        axis.minorticks_off()
+    evaluation.figure(ASSETS / f"variance-{model}.png", title, "forward and backward passes per completion",
+                      "variance / |gradient|$^2$", draw, size=(8, 4.6))
+
+
+def variance_study():
+    rows = variances("table", [table_batch(s) for s in range(4)]) + variances("sudoku", [sudoku_batch(s) for s in range(2)])
+    write("variance.csv", rows)
+    for model, title in (("table", "How far is the estimated gradient from the exact one? Table denoiser, 6 steps"),
+                         ("sudoku", "How far is the estimated gradient from the exact one? Tiny Sudoku model, 16 steps")):
+        mine = [r for r in rows if r["model"] == model]
+        print(f"\n{model}: variance / |gradient|^2 at equal passes per completion, and how many times lower than {PAPER}")
+        lines = [[rule, *(x for passes in (1, 2, 3) for v in [at_passes(mine, rule, passes)]
+                          for x in (f"{v:.2g}", f"{at_passes(mine, PAPER, passes) / v:.1f}x"))] for rule in agrpo.TIMESTEPS]
+        print(evaluation.table(["timesteps", "1 pass", "", "2 passes", "", "3 passes", ""], lines))
+        plot_variance(rows, model, title)
+
+
+# ----------------------------------------------------------------------------------------------------------------- bias
+def bias_study():
+    rows = []
+    for unmasking in agrpo.UNMASK:
+        for settings in SETTINGS:
+            on, off = [], []
+            for seed in range(20):
+                cfg, policy, found = case(unmasking, settings, seed)
+                on.append(gradient_error(policy, cfg, found)[0])
+                off.append(gradient_error(policy, dataclasses.replace(cfg, position_term="off"), found)[0])
+            rows.append({"unmasking": unmasking, "setting": " ".join(f"{k}={v}" for k, v in settings.items()), "denoisers": 20,
+                         "error_max": max(on), "tokens_only_median": statistics.median(off), "tokens_only_max": max(off)})
+    write("bias.csv", rows)
+    print("\nexpected gradient against autograd of the exact E[R], relative error over 8 settings x 20 denoisers")
+    lines = []
+    for unmasking in agrpo.UNMASK:
+        mine = [r for r in rows if r["unmasking"] == unmasking]
+        low, high = (f(r["tokens_only_median"] for r in mine) for f in (min, max))
+        lines.append([unmasking, f"{max(r['error_max'] for r in mine):.0e}",
+                      f"{100 * low:.0f} to {100 * high:.0f} %" if high > 1e-9 else "the same",
+                      f"{100 * max(r['tokens_only_max'] for r in mine):.0f} %" if high > 1e-9 else ""])
+    print(evaluation.table(["unmasking", "worst error", "tokens only: median by setting", "worst"], lines))
+    if max(r["error_max"] for r in rows) > 1e-10:
+        raise SystemExit("the gradient is not exact")
+
+
+def scores(policy, cfg, found) -> torch.Tensor:
+    """Gradient of the log-probability of each trajectory, as the loss sees it: (trajectories, parameters)."""
+    traj, ones = toy.as_trajectory(policy, cfg, found), torch.ones(len(found), dtype=torch.float64)
+    views = agrpo.exact_views(traj, ones, cfg, policy.mask_id, None)
+    out = []
+    for i in range(len(found)):
+        loss, _ = agrpo.policy_loss(policy, traj, views.select(views.row == i), ones, cfg)
+        out.append(-torch.autograd.grad(loss, policy.table)[0].flatten() * len(found) * cfg.steps)
+    return torch.stack(out)
+
+
+def total_error_study():
+    """Bias and standard deviation of the mean over n completions, advantage R - E[R], relative to the exact gradient."""
+    rows = []
+    for unmasking in agrpo.UNMASK:
+        for term in ("on", "off") if agrpo.UNMASK[unmasking].order_logp else ("on",):
+            bias, deviation = [], []
+            for seed in range(10):
+                cfg, policy, found = case(unmasking, {}, seed)
+                prob = torch.stack([f[2] for f in found])
+                reward = torch.tensor([toy.reward_of(f[0], policy.V) for f in found], dtype=torch.float64)
+                exact, = torch.autograd.grad((prob * reward).sum(), policy.table, retain_graph=True)
+                prob, exact = prob.detach(), exact.flatten()
+                estimate = (reward - prob @ reward)[:, None] * scores(policy, dataclasses.replace(cfg, position_term=term), found)
+                mean = prob @ estimate
+                bias.append(float((mean - exact).norm() / exact.norm()))
+                deviation.append(float((prob @ (estimate - mean).square().sum(1)).sqrt() / exact.norm()))
+            rows.append({"unmasking": unmasking, "position_term": term, "denoisers": 10, "bias": statistics.median(bias),
+                         "deviation_of_one": statistics.median(deviation),
+                         **{f"error_of_{n}": math.hypot(statistics.median(bias), statistics.median(deviation) / math.sqrt(n))
+                            for n in (16, 256, 4096)}})
+    write("total-error.csv", rows)
+    print("\nbias and standard deviation of the mean of n completions, relative to the exact gradient (3 positions, 3 tokens)")
+    print(evaluation.table(["unmasking", "position term", "bias", "deviation, n = 1", "total, n = 16", "n = 256", "n = 4096"],
+                           [[r["unmasking"], r["position_term"], f"{r['bias']:.2g}", f"{r['deviation_of_one']:.1f}",
+                             *(f"{r[f'error_of_{n}']:.2f}" for n in (16, 256, 4096))] for r in rows]))
+
+    def draw(axis):
+        shown = {("random", "on"): "#999999", ("low_confidence", "off"): "#c0392b",
+                 ("low_confidence", "on"): "#0b62a4", ("plackett_luce", "off"): "#e59a92", ("plackett_luce", "on"): "#2e8b57"}
+        n = [2 ** k for k in range(2, 17)]
+        for r in rows:
+            if (key := (r["unmasking"], r["position_term"])) in shown:
+                y = [math.hypot(r["bias"], r["deviation_of_one"] / math.sqrt(k)) for k in n]
+                axis.plot(n, y, color=shown[key], lw=2, ls="--" if key[1] == "off" else "-")
+                evaluation.label_end(axis, n[-1], y[-1] * (0.85 if key == ("plackett_luce", "off") else 1.0), key[0] +
+                                     (", tokens only" if key[1] == "off" else ""), shown[key])
+        axis.set(xscale="log", yscale="log", xlim=(n[0], n[-1] * 40))
+    evaluation.figure(ASSETS / "total-error.png", "Does the gradient become right with more completions?",
+                      "completions in the mean (3 positions, 3 tokens, enumerated)",
+                      "bias and noise / |gradient|", draw, size=(8, 4.6))
+
+
+if __name__ == "__main__":
+    clock = time.perf_counter()
+    variance_study()
+    bias_study()
+    total_error_study()
+    print(f"\n{time.perf_counter() - clock:.0f} s")
