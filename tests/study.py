@@ -95,15 +95,23 @@ COLOUR = {"iid": "#999999", "batch_entropy": "#c0392b", "stratified": "#d9822b",
           "stratified_gradient": "#7fb3d5", "without_replacement_gradient": "#2e8b57", "batch_gradient": "#0b62a4"}
 
 
+def label_ends(axis, ends: list):
+    """(x, y, text, colour) of each line's end, on logarithmic axes: labels keep a line's height apart."""
+    low, high = (math.log10(v) for v in axis.get_ylim())
+    used = math.inf
+    for x, y, text, colour in sorted(ends, key=lambda end: -end[1]):
+        used = min(math.log10(y), used - 0.045 * (high - low))
+        evaluation.label_end(axis, x, 10 ** used, text, colour)
+
+
 def plot_variance(rows: list[dict], model: str, title: str):
     def draw(axis):
-        mine = [r for r in rows if r["model"] == model]
+        mine, ends = [r for r in rows if r["model"] == model], []
         for rule, colour in COLOUR.items():
             points = sorted((r["passes"], r["relative_variance"]) for r in mine if r["timesteps"] == rule)
             axis.plot(*zip(*points), color=colour, marker="o", ms=4, lw=2.4 if rule in (PAPER, DEFAULT) else 1.2,
                       ls="--" if rule == PAPER else "-")
-            evaluation.label_end(axis, points[-1][0], points[-1][1] * (0.7 if rule == "stratified_gradient" else 1),
-                                 rule + {PAPER: " (paper)", DEFAULT: " (default)"}.get(rule, ""), colour)
+            ends.append((*points[-1], rule + {PAPER: " (paper)", DEFAULT: " (default)"}.get(rule, ""), colour))
         low, high = min(r["passes"] for r in mine), max(r["passes"] for r in mine)
         top = at_passes(mine, "iid", low) * 1.6
         axis.plot([low, high], [top, top * low / high], color="black", ls=":", lw=1)
@@ -112,6 +120,7 @@ def plot_variance(rows: list[dict], model: str, title: str):
         ticks = [k for k in (1, 2, 3, 4, 6, 8, 12) if k <= high * 1.1]
         axis.set_xticks(ticks, labels=map(str, ticks))
         axis.minorticks_off()
+        label_ends(axis, ends)
     evaluation.figure(ASSETS / f"variance-{model}.png", title, "forward and backward passes per completion",
                       "variance / |gradient|$^2$", draw, size=(8, 4.6))
 
@@ -195,14 +204,14 @@ def total_error_study():
     def draw(axis):
         shown = {("random", "on"): "#999999", ("low_confidence", "off"): "#c0392b",
                  ("low_confidence", "on"): "#0b62a4", ("plackett_luce", "off"): "#e59a92", ("plackett_luce", "on"): "#2e8b57"}
-        n = [2 ** k for k in range(2, 17)]
+        n, ends = [2 ** k for k in range(2, 17)], []
         for r in rows:
             if (key := (r["unmasking"], r["position_term"])) in shown:
                 y = [math.hypot(r["bias"], r["deviation_of_one"] / math.sqrt(k)) for k in n]
                 axis.plot(n, y, color=shown[key], lw=2, ls="--" if key[1] == "off" else "-")
-                evaluation.label_end(axis, n[-1], y[-1] * (0.85 if key == ("plackett_luce", "off") else 1.0), key[0] +
-                                     (", tokens only" if key[1] == "off" else ""), shown[key])
+                ends.append((n[-1], y[-1], key[0] + (", tokens only" if key[1] == "off" else ""), shown[key]))
         axis.set(xscale="log", yscale="log", xlim=(n[0], n[-1] * 40))
+        label_ends(axis, ends)
     evaluation.figure(ASSETS / "total-error.png", "Does the gradient become right with more completions?",
                       "completions in the mean (3 positions, 3 tokens, enumerated)",
                       "bias and noise / |gradient|", draw, size=(8, 4.6))
