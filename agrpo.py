@@ -5,7 +5,7 @@ The algorithm in five lines:
     2. Reward the completions; advantage = reward compared with the other G-1 of the same prompt.
     3. The policy gradient is a sum over denoising steps t: draw K of them per completion, where it is large (Eq. 5).
     4. Rebuild the state x_t each drawn step saw; score what it revealed again; clipped ratio times advantage (Eq. 3, 4).
-    5. Weight each by 1/(K Z p_t), accumulate the gradients of all, then take one optimizer step.
+    5. Weight each by 1/(Z x how often it is drawn on average), accumulate all gradients, then take one optimizer step.
 
 Two commands:
     python agrpo.py                          a laptop, minutes: trains a tiny diffusion model, then improves it by AGRPO;
@@ -236,7 +236,7 @@ def losing_logp(logp, conf, token, open_, rank, cfg) -> Tensor:
 def plackett_luce_logp(logp, conf, token, open_, rank, cfg) -> Tensor:
     """log-probability (N,) of drawing the revealed positions in the order of their rank: each against all not drawn before it."""
     score = torch.full(open_.shape, -1e30, dtype=conf.dtype, device=conf.device).masked_scatter(
-        open_, ORDER_SCORE[cfg.order_score](conf) / cfg.tau_pos)                     # (N, C)
+        open_, ORDER_SCORE[cfg.order_score](conf) / cfg.tau_pos)                     # (N, C), exp(-1e30) = 0: closed positions
     drawn_first = rank.masked_fill(rank < 0, rank.shape[1]).argsort(dim=1, stable=True)
     score, drawn = score.gather(1, drawn_first), rank.gather(1, drawn_first) >= 0
     return (score - score.flip(1).logcumsumexp(1).flip(1)).masked_fill(~drawn, 0.0).sum(1)
@@ -507,11 +507,12 @@ def views_where(weight: Tensor, traj: Trajectory, mask_id: int) -> Views:
 
 
 def visits_of(traj: Trajectory, adv: Tensor, horizon: Tensor) -> Visits:
+    """What the rollout recorded of each step, on the CPU, with adv (N,) and horizon (N,)."""
     return Visits(horizon, traj.entropy.cpu(), traj.gradient.cpu().sqrt(), adv.cpu().double())
 
 
 def agrpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
-    """About K drawn states of every completion, weight 1/(K Z p_t) (Eq. 5)."""
+    """K drawn states a completion, on average over those with an advantage; weight 1/(Z E[number of draws]) (Eq. 5)."""
     horizon, Z = (x.cpu() for x in NORMALIZERS[cfg.normalizer](traj, cfg))
     weight = TIMESTEPS[cfg.timesteps](visits_of(traj, adv, horizon), cfg.mc_steps, g)     # (N, T)
     return views_where(weight / Z[:, None], traj, mask_id)

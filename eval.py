@@ -75,6 +75,7 @@ def write_atomically(path: Path, write: Callable):
 
 
 def first_line(error: Exception) -> str:
+    """What went wrong in one line; the kind of error if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -114,6 +115,7 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
 
 
 def save_checkpoint(path: Path, model, optimizer, **rest):
+    """Weights of both and the rest, atomically."""
     import torch
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **rest}
     write_atomically(path, lambda f: torch.save(state, f))
@@ -310,6 +312,7 @@ SAMPLING = ("task", "model", "data", "seed", "device", "completion_length", "blo
 
 
 def main(argv=None) -> int:
+    """The command line; returns the exit code: 0 done, 2 a mistake of the caller, 130 stopped."""
     import agrpo                                                             # here: agrpo itself imports this file
     parser = Parser(prog="eval.py", description="Solved share of a model on a task, greedy by default. "
                     "--model takes 'tiny', a checkpoint directory or a run folder of agrpo.py.")
