@@ -49,7 +49,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as run_folder              # evaluation, figures and the files of a run
-from rewards import TASKS, BadInput, grade, load_examples, load_split, reward_parts
+from rewards import FORMATS, TASKS, BadInput, grade, load_examples, load_split, overlong, prompt_for, read_weights, reward_parts
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -58,7 +58,10 @@ class Config:
     """One line per knob; the command line is made from it (max_steps -> --max-steps). CHOICES lists what words a knob takes."""
     task: str = "sudoku"               # what to learn
     model: str = "tiny"                # "tiny", or a directory with a checkpoint
-    data: str = ""                     # train and evaluate on this file instead of generated examples
+    data: str = ""                     # a file to train on instead of generated or published examples
+    test_data: str = ""                # a file to hold out; without it a fifth of --data is
+    prompt: str = ""                   # how a task is put; default: as the checkpoint was trained here, tiny: bare, others: agrpo
+    system_prompt: str = ""            # instructions in place of the prompt's own
     seed: int = 0                      # everything random is a function of it
     device: str = "auto"               # auto: cuda if there is one
     name: str = ""                     # run folder runs/NAME; default TASK-METHOD-seedSEED, or with the preset's name
@@ -86,6 +89,9 @@ class Config:
     normalizer: str = "steps"          # Z: steps = T, constant; last_step = m of each completion [paper: last_step]
     advantage: str = "std"             # of a reward within its group [paper: mean]
     clip: float = 0.2                  # eps of Eq. 4
+    reward_weights: str = ""           # of the reward's parts, such as correct=3,format=0.5; default: the published sums
+    overlong_penalty: float = 0.0      # taken from the reward of a completion that fills its whole length ...
+    overlong_from: float = 0.8         # ... rising from 0 at this share of it
     # optimizer
     lr: float = 5e-4                   # AdamW [paper: 5e-6, LoRA]
     warmup: int = 5                    # steps of linear warm-up
@@ -111,6 +117,8 @@ class Config:
 TASK_SHAPES = {                        # what a task needs otherwise; flags win over it
     "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3", "max_steps": 150, "lr": 1e-3,
                   "base_batch": 48},
+    "gsm8k": {"completion_length": 256, "block_length": 32, "steps": 128, "eval_steps": "128"},      # the published evaluation
+    "math": {"completion_length": 256, "block_length": 32, "steps": 128, "eval_steps": "128"},
 }
 
 PRESETS = {                            # --preset; flags win over it
@@ -552,8 +560,8 @@ def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config
 def generate(policy, tokenizer, cfg: Config, examples: list, keys: list) -> tuple[Trajectory, list]:
     """One completion per example -> trajectory, texts. The one way from an example to a text, in training and evaluation."""
     device = next(policy.model.parameters()).device
-    prompt, prompt_mask = encode_prompts(tokenizer, [TASKS[cfg.task].prompt(ex) for ex in examples])
-    traj = rollout(policy, prompt.to(device), prompt_mask.to(device), cfg, keys)
+    ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
+    traj = rollout(policy, ids.to(device), prompt_mask.to(device), cfg, keys)
     ended = (traj.tokens == traj.eos_id).int().cumsum(1) > 0                         # a completion ends at its first EOS
     texts = [tokenizer.decode(row[~end]) for row, end in zip(traj.tokens.cpu(), ended.cpu())]
     return traj, texts
@@ -585,7 +593,11 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     batch = [ex for ex in batch_of_examples(examples, step, cfg) for _ in range(cfg.completions)]
     traj, texts = generate(policy, tokenizer, cfg, batch, [("rollout", cfg.seed, step, i) for i in range(len(batch))])
     # reward and advantage
-    parts = [reward_parts(cfg.task, text, ex) for text, ex in zip(texts, batch)]
+    weights, lengths = read_weights(cfg.task, cfg.reward_weights), (traj.tokens != traj.eos_id).int().cumprod(1).sum(1).tolist()
+    parts = [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)]
+    if cfg.overlong_penalty:
+        parts = [{**p, "overlong": -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)}
+                 for p, n in zip(parts, lengths)]
     reward = torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64)
     adv = ADVANTAGES[cfg.advantage](reward.view(cfg.prompts, cfg.completions)).view(-1)
     if not all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient)):
@@ -619,11 +631,12 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
 
 
 # ----------------------------------------------------------------------------------------- tokens, checkpoints, families
-def encode_prompts(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """User messages -> ids and mask (N, P) through the tokenizer's chat template, left padded."""
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    out = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, padding=True, return_dict=True,
-                                        return_tensors="pt", padding_side="left")
+def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """(user message, what the completion is made to begin with), through the tokenizer's chat template -> ids and mask (N, P),
+    left padded."""
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False) + begin
+             for message, begin in prompts]
+    out = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     return out["input_ids"], out["attention_mask"]
 
 
@@ -645,7 +658,7 @@ def load_policy(path: str, device: str) -> tuple[Policy, object]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         cls = getattr(transformers, FAMILIES[family])
         model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        encode_prompts(tokenizer, ["1"])
+        encode_prompts(tokenizer, [("1", "")])
     except Exception as error:                                                       # whatever the libraries raise on a bad file
         raise BadInput(f"--model {path}: {run_folder.first_line(error)}") from None
     if tokenizer.eos_token_id is None:
@@ -719,14 +732,14 @@ def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
     task, tokenizer = TASKS[cfg.task], tiny_tokenizer()
     policy = Policy(tiny_model(tokenizer, cfg).to(device), tokenizer.mask_token_id, tokenizer.eos_token_id)
     examples, rng = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train"), random.Random(cfg.seed)
-    prompt, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, [task.prompt(ex) for ex in examples]))
+    ids, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare") for ex in examples]))
     answers = torch.full((2, len(examples), cfg.completion_length), policy.eos_id)   # 0 right, 1 lazy; EOS to the end
     for i, ex in enumerate(examples):
         for kind, text in enumerate((task.gold(ex), task.lazy(ex, rng))):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) > cfg.completion_length:
-                raise BadInput(f"--completion-length {cfg.completion_length}: an answer has {len(ids)} tokens, {text!r}")
-            answers[kind, i, :len(ids)] = torch.tensor(ids)
+            answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(answer) > cfg.completion_length:
+                raise BadInput(f"--completion-length {cfg.completion_length}: an answer has {len(answer)} tokens, {text!r}")
+            answers[kind, i, :len(answer)] = torch.tensor(answer)
     answers, g = answers.to(device), generator("sft", cfg.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(                                    # up for a tenth of the steps, then down to zero
@@ -735,7 +748,7 @@ def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
     for step in progress:
         index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
         lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
-        loss = sft_loss(policy, prompt[index], prompt_mask[index], answers[lazy, index], g)
+        loss = sft_loss(policy, ids[index], prompt_mask[index], answers[lazy, index], g)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
@@ -772,13 +785,22 @@ def config_for(task: str) -> Config:
     return Config(task=task, **TASK_SHAPES.get(task, {}))
 
 
+def with_prompt(cfg: Config) -> Config:
+    """The prompt settled: the one given, or the one its checkpoint was trained with here, or the tiny model's, or the published one."""
+    known = Path(cfg.model) / "agrpo.json"
+    known = run_folder.read_json(known) if cfg.model != "tiny" and not cfg.prompt and known.is_file() else {}
+    return dataclasses.replace(cfg, prompt=cfg.prompt or str(known.get("prompt") or ("bare" if cfg.model == "tiny" else "agrpo")),
+                               system_prompt=cfg.system_prompt or str(known.get("system_prompt", "")))
+
+
 def steps_of(cfg: Config) -> list[int]:
     return [int(s) for s in cfg.eval_steps.split(",")]
 
 
-CHOICES = {"task": TASKS, "preset": PRESETS, "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK, "position_term": ("on", "off"),
+CHOICES = {"task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK, "position_term": ("on", "off"),
            "order_score": ORDER_SCORE, "method": VIEWS, "timesteps": TIMESTEPS, "normalizer": NORMALIZERS, "advantage": ADVANTAGES}
-MAY_BE_ZERO = {"seed", "max_steps", "top_k", "entropy_bound", "warmup", "decay_steps", "weight_decay", "eval_every", "base_lazy"}
+MAY_BE_ZERO = {"seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup", "decay_steps", "weight_decay",
+               "eval_every", "base_lazy"}
 
 
 def validate(cfg: Config, training: bool = True):
@@ -788,6 +810,8 @@ def validate(cfg: Config, training: bool = True):
             raise BadInput(message)
 
     run_folder.check_settings(cfg, CHOICES, MAY_BE_ZERO if training else {*MAY_BE_ZERO, "temperature"})
+    need(cfg.model != "tiny" or TASKS[cfg.task].lazy,
+         f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
     C, L = cfg.completion_length, cfg.block_length
     need(C % L == 0, f"--completion-length {C} is not a multiple of --block-length {L}")
     need(re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", cfg.eval_steps),
@@ -798,6 +822,9 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p is at most 1, and needs --top-k: the support is stored as ids")
     need(cfg.completions > 1, "--completions must be at least 2: an advantage compares the completions of a prompt")
     need(max(cfg.threshold, cfg.base_lazy) <= 1, "--threshold and --base-lazy must be at most 1")
+    need(cfg.overlong_from < 1, "--overlong-from is a share of the length, below 1")
+    need(not cfg.test_data or cfg.data or TASKS[cfg.task].hub, "--test-data goes with --data")
+    read_weights(cfg.task, cfg.reward_weights)
     need(cfg.model != "tiny" or C <= 200, f"--completion-length {C}: the tiny model's context is 256")
     need(max(cfg.train_examples, cfg.eval_examples) <= 100_000, "--train-examples and --eval-examples must be at most 100000")
     need(cfg.base_hidden % 16 == 0, f"--base-hidden {cfg.base_hidden} must be a multiple of 16")
@@ -805,8 +832,6 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.temperature == 0 or 1e-3 <= cfg.temperature <= 1e3, f"--temperature {cfg.temperature} must be between 0.001 and 1000")
     need(1e-3 <= cfg.tau_pos <= 1e3, f"--tau-pos {cfg.tau_pos} must be between 0.001 and 1000")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
-    need(cfg.model != "tiny" or TASKS[cfg.task].lazy,
-         f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
     need(cfg.model == "tiny" or (Path(cfg.model) / "config.json").is_file(),
          f"--model {cfg.model}: no config.json there; give 'tiny' or a checkpoint directory")
 
@@ -817,10 +842,15 @@ def open_model(cfg: Config, examples: list, rebuild: bool = False):
     transformers.utils.logging.disable_progress_bar()                                # ours is enough
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     policy, tokenizer = load_policy(tiny_base(cfg, device, rebuild) if cfg.model == "tiny" else cfg.model, device)
-    length = encode_prompts(tokenizer, [TASKS[cfg.task].prompt(ex) for ex in examples])[0].shape[1]
+    check_context(policy, tokenizer, cfg, examples)
+    return policy, tokenizer
+
+
+def check_context(policy, tokenizer, cfg: Config, examples: list):
+    """Raises BadInput if a prompt and its completion do not fit the model's context."""
+    length = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])[0].shape[1]
     if length + cfg.completion_length > (room := policy.model.config.max_position_embeddings):
         raise BadInput(f"the longest prompt has {length} tokens, a completion {cfg.completion_length}; the context is {room}")
-    return policy, tokenizer
 
 
 def evaluate(policy, tokenizer, cfg: Config, examples: list, steps: int) -> dict:
@@ -859,7 +889,7 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
     """Everything that `python agrpo.py` does: base, evaluation, training, evaluation, table. Returns the exit code."""
     folder = Path("runs") / cfg.name
     run_folder.check(folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
-    examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data or None)
+    examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data, cfg.test_data)
     begin = time.perf_counter()
     policy, tokenizer = open_model(cfg, examples + heldout, rebuild_base)
     if overwrite:
@@ -895,7 +925,7 @@ def parse(argv) -> tuple[Config, dict]:
     given = vars(parser.parse_args(argv))
     flags = {k: given.pop(k) for k in ("resume", "overwrite", "rebuild_base")}
     cfg = dataclasses.replace(config_for(given.get("task", Config.task)), **{**PRESETS.get(given.get("preset"), {}), **given})
-    cfg = dataclasses.replace(cfg, name=cfg.name or f"{cfg.task}-{cfg.preset or cfg.method}-seed{cfg.seed}")
+    cfg = dataclasses.replace(with_prompt(cfg), name=cfg.name or f"{cfg.task}-{cfg.preset or cfg.method}-seed{cfg.seed}")
     saved = Path("runs") / cfg.name / "config.json"
     if flags["resume"] and saved.is_file():                                          # the folder's settings, then the flags given
         cfg = dataclasses.replace(run_folder.read_settings(saved, Config), **{**given, "name": cfg.name})

@@ -1,13 +1,16 @@
-"""Evaluation: solved share with its interval, denoiser calls, and the accuracy/NFE frontier.
+"""Evaluation: solved share with its interval, denoiser calls, pass@k, majority vote, and the accuracy/NFE frontier.
 
     python eval.py --model tiny --task sudoku                      the tiny base model (trained on the first call)
     python eval.py --model runs/sudoku-agrpo-seed0 --task sudoku --steps 16,8,4 --data puzzles.csv
+    python eval.py --regrade FILE.jsonl                            grade saved completions again, no model needed
 
+Every completion is written to a file as soon as it is graded; the same command continues where it was stopped.
 agrpo.py calls `evaluate` before and after training, so both use the sampler, prompt and grader of training.
 """
 import argparse
 import csv
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -17,10 +20,14 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Callable
 
-from rewards import TASKS, BadInput, held_out, load_examples
+import numpy as np
+from tqdm import tqdm
+
+from rewards import TASKS, BadInput, held_out, load_examples, prompt_for
 
 
 def wilson(solved: int, n: int, z: float = 1.96) -> list[float]:
@@ -34,22 +41,72 @@ def wilson(solved: int, n: int, z: float = 1.96) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def evaluate(generate, task: str, examples: list, batch: int = 256) -> dict:
-    """Complete and grade every example. generate(examples, keys) -> trajectory, texts.
+def bootstrap(values: list, draws: int = 2000) -> list[float]:
+    """95 % interval of a mean, its examples drawn again with replacement: [low, high].
 
-    Returns solved (share of grade 1), n, ci95, grade (mean), nfe (denoiser calls per completion), tokens_per_nfe (tokens
-    before the end, per call), seconds, and the completions."""
-    clock, grades, nfe, length, texts = time.perf_counter(), [], 0, 0, []
-    for i in range(0, len(examples), batch):
-        chunk = examples[i:i + batch]
-        traj, out = generate(chunk, [("eval", i + j) for j in range(len(chunk))])
-        grades += [TASKS[task].grade(text, ex) for text, ex in zip(out, chunk)]
-        nfe += int(traj.nfe.sum())
-        length += int(((traj.tokens == traj.eos_id).int().cumsum(1) == 0).sum())
-        texts += out
-    n, solved = len(examples), sum(g == 1 for g in grades)
-    return {"solved": solved / n, "n": n, "ci95": wilson(solved, n), "grade": sum(grades) / n, "nfe": nfe / n,
-            "tokens_per_nfe": length / nfe, "seconds": time.perf_counter() - clock, "completions": texts}
+    >>> bootstrap([0.5] * 10)
+    [0.5, 0.5]
+    """
+    means = np.random.default_rng(0).choice(np.asarray(values, float), (draws, len(values))).mean(1)
+    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+
+
+def grade_row(task: str, completion: str, example: dict) -> dict:
+    """What is kept of a completion: itself, the answer read from it (None: there is none), its grades."""
+    answer = TASKS[task].answer(completion)
+    row = {"completion": completion, "answer": None if answer is None else str(answer), "grade": TASKS[task].grade(completion, example)}
+    return {**row, **({TASKS[task].beside[0]: TASKS[task].beside[1](completion, example)} if TASKS[task].beside else {})}
+
+
+def evaluate(generate, task: str, examples: list, batch: int = 256, samples: int = 1, done: dict | None = None, save=None) -> dict:
+    """Complete and grade every example `samples` times. generate(examples, keys) -> trajectory, texts; keys are (index, sample).
+    `done` holds the rows that there are already, by key; save(rows, examples) takes the new ones, batch after batch.
+
+    Returns what `summary` does. Rows are made batch by batch, so that a stopped evaluation repeats the batch it was in."""
+    keys, rows, done = [(i, s) for i in range(len(examples)) for s in range(samples)], [], done or {}
+    for start in tqdm(range(0, len(keys), batch), desc="evaluate", unit="batch", leave=False, disable=None if save else True):
+        part = keys[start:start + batch]
+        chunk = [examples[i] for i, _ in part]
+        if missing := [key for key in part if key not in done]:
+            clock = time.perf_counter()
+            traj, texts = generate(chunk, part)
+            tokens = (traj.tokens != traj.eos_id).int().cumprod(1).sum(1).tolist()       # before the end
+            new = [{"index": i, "sample": s, **grade_row(task, text, ex), "nfe": n, "tokens": t}
+                   for (i, s), text, ex, n, t in zip(part, texts, chunk, traj.nfe.tolist(), tokens)]
+            new = [{**row, "seconds": (time.perf_counter() - clock) / len(part)} for row, key in zip(new, part) if key in missing]
+            done = done | {(row["index"], row["sample"]): row for row in new}
+            if save:
+                save(new, [examples[row["index"]] for row in new])
+        rows += [done[key] for key in part]
+    return summary(task, rows)
+
+
+def summary(task: str, rows: list[dict]) -> dict:
+    """solved (share of grade 1) with ci95, n (completions), grade (mean), beside (mean of the task's second grade), nfe (denoiser calls
+    per completion), tokens_per_nfe (tokens before the end, per call), seconds, completions; of several samples (k) also
+    pass_at_k (an example counts if any is right) and majority (if the most frequent answer is), with their ci95."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["index"], []).append(row)
+    shares = [sum(r["grade"] == 1 for r in g) / len(g) for g in groups.values()]
+    n, k, calls = len(rows), max(len(g) for g in groups.values()), sum(r["nfe"] for r in rows)
+    solved = sum(r["grade"] == 1 for r in rows)
+    result = {"solved": solved / n, "n": n, "ci95": wilson(solved, n) if k == 1 else bootstrap(shares),
+              "grade": sum(r["grade"] for r in rows) / n, "nfe": calls / n, "tokens_per_nfe": sum(r["tokens"] for r in rows) / max(1, calls),
+              "seconds": sum(r["seconds"] for r in rows), "completions": [r["completion"] for r in rows]}
+    if TASKS[task].beside:
+        result["beside"] = sum(r[TASKS[task].beside[0]] for r in rows) / n
+    if k > 1:
+        any_of, voted = [share > 0 for share in shares], [vote(g) for g in groups.values()]
+        result |= {"k": k, **{name: {"solved": sum(x) / len(x), "ci95": wilson(sum(x), len(x))}
+                              for name, x in (("pass_at_k", any_of), ("majority", voted))}}
+    return result
+
+
+def vote(rows: list[dict]) -> bool:
+    """Whether the answer given most often is right; of equals the one given first."""
+    counts = Counter(row["answer"] for row in rows if row["answer"] is not None)
+    return bool(counts) and next(row["grade"] == 1 for row in rows if row["answer"] == counts.most_common(1)[0][0])
 
 
 def percent(result: dict) -> str:
@@ -158,7 +215,7 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     samples = [f"{cfg.task}, greedy, {base[0]['steps']} denoising steps; + marks a solved one\n"]
     for ex, *pair in list(zip(heldout, base[0]["completions"], trained[0]["completions"]))[:20]:
         before, after = (f"{'+' if TASKS[cfg.task].grade(c, ex) == 1 else ' '} {c}" for c in pair)
-        samples.append(f"prompt    {TASKS[cfg.task].prompt(ex)}\n  base  {before}\n  after {after}\n")
+        samples.append(f"prompt    {''.join(prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt))}\n  base  {before}\n  after {after}\n")
     write_atomically(folder / "samples.txt", lambda f: f.write("\n".join(samples).encode()))
     rows = read_log(folder / "log.csv")
     if rows:
@@ -307,72 +364,195 @@ def peak_memory_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-SAMPLING = ("task", "model", "data", "seed", "device", "completion_length", "block_length", "unmasking", "order_score", "tau_pos",
+# ----------------------------------------------------------------------------------------------- a file of graded completions
+def read_completions(path: Path) -> tuple[dict, list[dict]]:
+    """Settings (the first line, {} if it is not ours) and rows of a .jsonl file; a last line cut off by a kill is left out. Raises BadInput."""
+    rows, number = [], 0
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            if number < len(lines) or line.endswith(("\n", "}")):
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"cannot read {path}: {error}" if isinstance(error, OSError) else f"{path}:{number}: {first_line(error)}") from None
+    settings = rows[0].get("settings") if rows else None
+    return (settings, rows[1:]) if isinstance(settings, dict) else ({}, rows)
+
+
+def write_completions(path: Path, settings: dict, rows: list[dict]):
+    write_atomically(path, lambda f: f.writelines((json.dumps(row) + "\n").encode() for row in [{"settings": settings}, *rows]))
+
+
+def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
+    """The rows already in the file, which afterwards holds these and the settings. Raises BadInput if it was made otherwise."""
+    if path.exists() and (path.stat().st_size or not path.is_file()):
+        known, rows = read_completions(path)
+        other = [k for k in settings if known.get(k) != settings[k]]
+        if not known or other and not overwrite:
+            raise BadInput(f"{path} holds completions made with another {', '.join(other)}: --overwrite replaces them, --out FILE.jsonl "
+                           "goes elsewhere" if known else f"{path} exists and holds no completions of this program: --out FILE.jsonl goes elsewhere")
+        rows = [] if overwrite else rows
+    else:
+        rows = []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_completions(path, settings, rows)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error}") from None
+    return rows
+
+
+def regrade(path: Path, task: str, out: str) -> int:
+    """Grade the completions of a file again, ours or {question, completion, gold} as d1 publishes them; print what changed."""
+    settings, rows = read_completions(path)
+    task, graded = task or str(settings.get("task")), []
+    if task not in TASKS:
+        raise BadInput(f"--regrade {path}: give --task ({', '.join(TASKS)})")
+    for number, row in enumerate(rows, start=1 + bool(settings)):
+        try:
+            example = row["example"] if settings else TASKS[task].row(row)
+            graded.append({"index": number - 1, **row, **grade_row(task, row["completion"], example), "example": example})
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise BadInput(f"{path}:{number}: not a {task} completion with its example: {type(error).__name__} {error}") from None
+    groups = {}
+    for was, row in zip(rows, graded):
+        groups.setdefault((row.get("length", ""), row.get("steps", "")), []).append((was.get("grade"), row))
+    lines, beside = [], TASKS[task].beside
+    for (length, steps), pairs in sorted(groups.items(), key=str):
+        n, solved = len(pairs), sum(row["grade"] == 1 for _, row in pairs)
+        before = [was for was, _ in pairs if was is not None]
+        lines.append([length, steps, n, f"{sum(was == 1 for was in before)} of {len(before)}", solved,
+                      percent({"solved": solved / n, "ci95": wilson(solved, n)}), sum(was is not None and was != row["grade"] for was, row in pairs),
+                      *([f"{100 * sum(row[beside[0]] for _, row in pairs) / n:.1f} %"] if beside else [])])
+    print(table(["length", "steps", "n", "solved before", "solved", "share (95 % interval)", "changed", *([beside[0]] if beside else [])], lines))
+    for was, row in [(w, r) for pairs in groups.values() for w, r in pairs if w is not None and w != r["grade"]][:20]:
+        print(f"  example {row['index']}: {was:g} -> {row['grade']:g}, answer read: {str(row['answer'])[:80]!r}")
+    if out:
+        write_completions(Path(out), {**settings, "task": task}, graded)
+        print(f"graded again: {out}")
+    return 0
+
+
+SAMPLING = ("task", "model", "data", "prompt", "system_prompt", "seed", "device", "block_length", "unmasking", "order_score", "tau_pos",
             "threshold", "entropy_bound", "temperature", "top_k", "top_p")               # what an evaluation takes of agrpo.Config
+
+
+def fingerprint(model) -> str:
+    """Changes when the weights do: a hash of the first numbers of every parameter."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(name.encode() + p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    if not re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", text):
+        raise BadInput(f"{flag} {text!r}: numbers separated by commas")
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
+def settings_of(args) -> tuple:
+    """The command line -> Config of the sampler, and the (length, steps) to evaluate. Raises BadInput before any work."""
+    import agrpo                                                             # here: agrpo itself imports this file
+    given = {k: v for k, v in vars(args).items() if k in SAMPLING}
+    path = Path(given.get("model", "tiny"))
+    if str(path) != "tiny" and (path / "model" / "config.json").is_file():           # a run folder
+        path = path / "model"
+    elif (path / "checkpoint.pt").is_file():
+        raise BadInput(f"--model {path}: this run is not finished; agrpo.py --resume finishes it")
+    known = read_json(path / "agrpo.json") if (path / "agrpo.json").is_file() else {}
+    task = given.get("task") or str(known.get("task", "sudoku"))
+    shape = {k: known[k] for k, kind in (("completion_length", int), ("block_length", int), ("eval_steps", str)) if type(known.get(k)) is kind}
+    cfg = agrpo.config_for(task)
+    cfg = dataclasses.replace(cfg, **{**(shape if known.get("task") == task else {}), **agrpo.EVALUATION, **given, "task": task, "model": str(path)})
+    if not 0 < args.samples < 10**6 or not 0 <= args.limit <= 10**5 or args.batch < 1:
+        raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000")
+    if args.samples > 1 and cfg.temperature == 0 and cfg.unmasking != "random":
+        raise BadInput(f"--samples {args.samples} of a greedy sampler are all the same: give a --temperature")
+    if args.out and (not args.out.endswith(".jsonl") or Path(args.out).is_dir()):
+        raise BadInput(f"--out {args.out}: must be a .jsonl file")
+    cfg, shapes = agrpo.with_prompt(cfg), []
+    for length in numbers(args.lengths, "--lengths") if args.lengths else [cfg.completion_length]:
+        for steps in numbers(args.steps or cfg.eval_steps, "--steps"):
+            agrpo.validate(dataclasses.replace(cfg, completion_length=length, eval_steps=str(steps)), training=False)
+            shapes.append((length, steps))
+    return cfg, shapes
+
+
+def run(args) -> int:
+    """Complete, grade, save, print: everything that `python eval.py` does with a model."""
+    import agrpo
+    cfg, shapes = settings_of(args)
+    examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)
+    policy, tokenizer = agrpo.open_model(cfg, examples)
+    agrpo.check_context(policy, tokenizer, dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
+    name = Path(cfg.model).parent.name if Path(cfg.model).name == "model" else Path(cfg.model).name
+    settings = {**{k: getattr(cfg, k) for k in SAMPLING}, "weights": fingerprint(policy.model)}
+    hashed = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    out = Path(args.out or f"runs/eval-{cfg.task}-{name}-{hashed}.jsonl")
+    stored = open_completions(out, settings, args.overwrite)
+    results, rows, beside = [], [], TASKS[cfg.task].beside
+    for length, steps in shapes:
+        at = dataclasses.replace(cfg, completion_length=length, steps=steps)
+        done = {(r["index"], r["sample"]): r for r in stored if (r["length"], r["steps"]) == (length, steps)}
+        if any(r["index"] < len(examples) and r["example"] != examples[r["index"]] for r in done.values()):
+            raise BadInput(f"{out} holds completions of other examples: --overwrite replaces them, --out FILE.jsonl goes elsewhere")
+
+        def save(new, of, length=length, steps=steps):
+            with open(out, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps({"length": length, "steps": steps, **row, "example": ex}) + "\n" for row, ex in zip(new, of))
+
+        def generate(exs, keys, at=at):
+            return agrpo.generate(policy, tokenizer, at, exs, [("eval", cfg.seed, *key) for key in keys])
+        result = evaluate(generate, cfg.task, examples, args.batch, args.samples, done, save)
+        per_example = [ex for ex in examples for _ in range(args.samples)]
+        held = [TASKS[cfg.task].grade(c, ex) == 1 for c, ex in zip(result["completions"], per_example) if held_out(cfg.task, ex)] \
+            if cfg.data and TASKS[cfg.task].generate else []
+        results.append({"length": length, "steps": steps, **{k: v for k, v in result.items() if k != "completions"},
+                        "held_out": {"solved": sum(held) / max(1, len(held)), "n": len(held)}})
+        rows.append({"length": length, "steps": steps, "NFE": f"{result['nfe']:.1f}", "tokens/NFE": f"{result['tokens_per_nfe']:.2f}",
+                     "solved (95 % interval)": percent(result), "n": result["n"],
+                     **({f"pass@{result['k']}": percent(result["pass_at_k"]), "majority": percent(result["majority"])} if args.samples > 1 else {}),
+                     **({beside[0]: f"{100 * result['beside']:.1f} %"} if beside else {}),
+                     **({"solved, class never trained on": f"{100 * sum(held) / len(held):.1f} % of {len(held)}"} if held else {}),
+                     "seconds": f"{result['seconds']:.1f}"})
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    write_json(out.with_suffix(".json"), {"settings": settings, "results": results})
+    print(f"every completion with its grade: {out}", end="\n" if len(results) == 1 else "; ")
+    if len(results) > 1:
+        many = len({length for length, _ in shapes}) > 1
+        curves = {f"{name}, {length} tokens" if many else name: [r for r in results if r["length"] == length] for length, _ in shapes}
+        plot_frontier(out.with_suffix(".png"), curves, cfg.task)
+        print(f"frontier: {out.with_suffix('.png')}")
+    return 0
 
 
 def main(argv=None) -> int:
     """The command line; returns the exit code: 0 done, 2 a mistake of the caller, 130 stopped."""
-    import agrpo                                                             # here: agrpo itself imports this file
+    import agrpo
     parser = Parser(prog="eval.py", description="Solved share of a model on a task, greedy by default. "
                     "--model takes 'tiny', a checkpoint directory or a run folder of agrpo.py.")
     add_flags(parser, agrpo.Config(**agrpo.EVALUATION), agrpo.CHOICES, SAMPLING)
-    parser.add_argument("--limit", type=int, default=0, help="examples; 0: 512 generated ones, or the whole file")
-    parser.add_argument("--steps", default="", help="denoising steps, comma separated; several draw the frontier")
-    parser.add_argument("--samples", type=int, default=1, help="completions per example (needs a temperature): pass@k")
-    parser.add_argument("--batch", type=int, default=256, help="completions denoised at once")
-    parser.add_argument("--out", default="", help="write results and completions to this .json, the figure beside it")
+    for flag, default, text in (
+            ("limit", 0, "examples; 0: 512 generated ones, or all there are"), ("lengths", "", "completion lengths, comma separated"),
+            ("steps", "", "denoising steps, comma separated; several draw the frontier"),
+            ("samples", 1, "k completions per example: pass@k and majority vote; needs a temperature"),
+            ("batch", 64, "completions denoised at once; fewer need less memory"),
+            ("out", "", "the completions' .jsonl file, results (.json) and figure (.png) beside it; default runs/eval-TASK-MODEL-SETTINGS.jsonl"),
+            ("regrade", "", "grade the completions of this file again and stop")):
+        parser.add_argument("--" + flag, type=type(default), default=default, help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace completions in --out that were made otherwise")
     try:
         args = parser.parse_args(argv)
-        given = {k: v for k, v in vars(args).items() if k in SAMPLING}
-        path = Path(given.get("model", "tiny"))
-        if str(path) != "tiny" and (path / "model" / "config.json").is_file():       # a run folder
-            path = path / "model"
-        elif (path / "checkpoint.pt").is_file():
-            raise BadInput(f"--model {path}: this run is not finished; agrpo.py --resume finishes it")
-        known = read_json(path / "agrpo.json") if (path / "agrpo.json").is_file() else {}
-        task = given.get("task") or str(known.get("task", "sudoku"))
-        shape = {k: known[k] for k, kind in (("completion_length", int), ("block_length", int), ("eval_steps", str))
-                 if type(known.get(k)) is kind}
-        shape |= {"eval_steps": args.steps} if args.steps else {}
-        cfg = dataclasses.replace(agrpo.config_for(task), **{**shape, **agrpo.EVALUATION, **given, "task": task, "model": str(path)})
-        if not 0 < args.samples < 10**6 or not 0 <= args.limit <= 10**5 or args.batch < 1 or args.samples > 1 and cfg.temperature == 0:
-            raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000; several --samples need a --temperature")
-        if args.out and (not args.out.endswith(".json") or not Path(args.out).parent.is_dir() or Path(args.out).is_dir()):
-            raise BadInput(f"--out {args.out}: must be a .json file in a folder that exists")
-        agrpo.validate(cfg, training=False)
-        examples = load_examples(task, args.limit or (0 if cfg.data else 512), 0, "test", cfg.data or None)
-        policy, tokenizer = agrpo.open_model(cfg, examples)
-        results, rows = [], []
-        for steps in agrpo.steps_of(cfg):
-            repeated = [ex for ex in examples for _ in range(args.samples)]
-            at = dataclasses.replace(cfg, steps=steps)
-            result = evaluate(lambda exs, keys: agrpo.generate(policy, tokenizer, at, exs, [("eval", cfg.seed, *k) for k in keys]),
-                              task, repeated, args.batch)
-            solved = [TASKS[task].grade(t, ex) == 1 for t, ex in zip(result["completions"], repeated)]
-            any_of = [any(solved[i:i + args.samples]) for i in range(0, len(solved), args.samples)]
-            held = [s for s, ex in zip(solved, repeated) if held_out(task, ex)]
-            result["ci95"] = wilson(result["solved"] * len(examples), len(examples))     # samples of one example are not independent
-            results.append({"steps": steps, **result, "pass_at_k": sum(any_of) / len(any_of), "k": args.samples,
-                            "held_out": {"solved": sum(held) / max(1, len(held)), "n": len(held)}})
-            rows.append([steps, f"{result['nfe']:.1f}", f"{result['tokens_per_nfe']:.2f}", percent(result), result["n"],
-                         *([f"{100 * results[-1]['pass_at_k']:.1f} %"] if args.samples > 1 else []),
-                         *([f"{100 * sum(held) / len(held):.1f} % of {len(held)}"] if cfg.data and held else []),
-                         f"{result['seconds']:.1f}"])
+        return regrade(Path(args.regrade), getattr(args, "task", ""), args.out) if args.regrade else run(args)
     except BadInput as error:
         print(f"eval: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
         return 130
-    print(table(["steps", "NFE", "tokens/NFE", "solved (95 % interval)", "n", *([f"pass@{args.samples}"] if args.samples > 1 else []),
-                 *(["solved, class never trained on"] if cfg.data and held else []), "seconds"], rows))
-    if args.out:
-        write_json(Path(args.out), {"settings": dataclasses.asdict(cfg), "results": results})
-    if len(results) > 1:
-        picture = Path(args.out or f"frontier-{task}").with_suffix(".png")
-        plot_frontier(picture, {path.parent.name if path.name == "model" else path.name: results}, task)
-        print(f"frontier: {picture}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,23 +2,28 @@
 
 Two functions are the contract that other code uses; neither raises on any completion string:
 
-    grade(task, completion, example)  -> float in [0, 1]   1 means solved; what evaluation counts
-    reward(task, completion, example) -> float             what training maximises: the sum of reward_parts()
+    grade(task, completion, example)        -> float in [0, 1]   1 means solved; what evaluation counts
+    reward_parts(task, completion, example) -> {name: float}     what training maximises is their sum
 
 Example keys: sudoku {puzzle, solution}, countdown {nums, target}, gsm8k {question, answer}, math {problem, answer}.
-Training and evaluation share `extract_answer`, so that a completion cannot be right in one and wrong in the other.
+Training and evaluation share `find_answer`, so that a completion cannot be right in one and wrong in the other.
 """
 import csv
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache, partial
+from math import gcd
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -30,55 +35,63 @@ class BadInput(Exception):
 
 # ------------------------------------------------------------------------------------------- one parser for all tasks
 END_OF_TEXT = re.compile(r"<\|(?:eot_id|endoftext|end_of_text|im_end)\|>|</s>")
-MAX_CHARS = 100_000                            # a completion is read up to here: grading stays linear and short
+PLACEHOLDER = re.compile(r"(?:[.…_{}\s]|\\[lc]?dots|\\boxed)*")     # what a copied format holds: no answer
+MAX_CHARS = 20_000                     # of a completion, its end: grading stays linear and short
+
+
+def text_of(completion: str) -> str:
+    """A completion up to its end of text."""
+    return END_OF_TEXT.split(completion[:10**6], maxsplit=1)[0]
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} whose braces close, or None.
+    """The content of the last \\boxed{...} that closes and holds more than a placeholder, or None.
 
-    >>> last_boxed(r"so \\boxed{3} and \\boxed{\\frac{1}{2}}")
+    >>> last_boxed(r"so \\boxed{3} and \\boxed{\\frac{1}{2}}, form \\boxed{...}")
     '\\\\frac{1}{2}'
     """
-    for start in reversed([m.end() for m in re.finditer(r"\\f?boxed\s*\{", text)][-20:]):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if depth == 0:
-                if text[start:i].strip():
-                    return text[start:i].strip()
-                break
-    return None
+    opened, best = [], (-1, None)                                            # of each open brace: where its box began, or -1
+    for m in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):
+        if m[0].endswith("{") and m[0] != "\\{":
+            opened.append(m.end() if len(m[0]) > 1 else -1)
+        elif m[0] == "}" and opened and (start := opened.pop()) > best[0]:
+            content = text[start:m.start()].strip()
+            best = best if PLACEHOLDER.fullmatch(content) else (start, content)
+    return best[1]
 
 
-def extract_answer(completion: str) -> str:
-    """The answer a completion commits to: the last \\boxed in the last <answer> tag, else the tag's content, else the
-    last \\boxed of the text, else the text after the reasoning.
+def find_answer(completion: str) -> tuple[str, bool]:
+    """The answer a completion commits to, and whether it marked it as such: the last usable \\boxed in the last answer tag that
+    holds something, else that tag, else the last \\boxed of the text, else (unmarked) the text after the reasoning.
 
-    >>> extract_answer("<reasoning>1+1</reasoning><answer>\\\\boxed{2}</answer>")
-    '2'
-    >>> extract_answer("1234")
-    '1234'
+    >>> find_answer("<reasoning>1+1</reasoning><answer>\\\\boxed{2}</answer>"), find_answer("1234"), find_answer("<think>1")
+    (('2', True), ('1234', False), ('', False))
     """
-    text = END_OF_TEXT.split(completion[:MAX_CHARS], maxsplit=1)[0]
-    head, tag, tail = text.rpartition("<answer>")
-    if tag:
-        inside = tail.split("</answer>", 1)[0]
-        return last_boxed(inside) or inside.strip()
-    return last_boxed(text) or re.split(r"</(?:reasoning|think)>", text)[-1].strip()
+    text = text_of(completion)[-MAX_CHARS:]
+    for tag in reversed(text.split("<answer>")[1:]):
+        inside = tag.split("</answer>", 1)[0]
+        if not PLACEHOLDER.fullmatch(found := last_boxed(inside) or inside.strip()):
+            return found, True
+    if (found := last_boxed(text)) is not None:
+        return found, True
+    after = re.split(r"</(?:reasoning|think)>", text)[-1]
+    return ("" if re.search(r"<(?:reasoning|think)>", after) else after.strip()), False    # reasoning never closed: no answer
 
 
 # ---------------------------------------------------------------------------------------------------------- 4x4 Sudoku
-def sudoku_cells(completion: str) -> str | None:
-    """The 16 digits a completion gives for the grid, or None: the answer's digits if there are just 16, else its last
-    run of 16.
+def sudoku_cells(completion: str) -> tuple[str, bool]:
+    """The digits a completion gives for the grid, row by row, and whether they are 16: the answer's digits if so, else its last
+    run of 16, else, of a marked answer, what it has (cells it lacks stay empty, a surplus is cut, and it is never solved).
 
-    >>> sudoku_cells("<answer>12 34|34 12|21 43|43 21</answer>")
-    '1234341221434321'
+    >>> sudoku_cells("<answer>12 34|34 12|21 43|43 21</answer>"), sudoku_cells("<answer>1234 34</answer>"), sudoku_cells("1234")
+    (('1234341221434321', True), ('123434', False), ('', False))
     """
-    answer = extract_answer(completion)
+    answer, marked = find_answer(completion)
     digits = re.sub(r"[^0-9]", "", answer)
     runs = re.findall(r"(?<![0-9])[0-9]{16}(?![0-9])", answer)
-    return digits if len(digits) == 16 else runs[-1] if runs else None
+    if len(digits) == 16 or runs:
+        return (digits if len(digits) == 16 else runs[-1]), True
+    return (digits[:16] if marked else ""), False
 
 
 def sudoku_grade(completion: str, example: dict) -> float:
@@ -88,29 +101,24 @@ def sudoku_grade(completion: str, example: dict) -> float:
     >>> sudoku_grade("1234341221434321", ex), sudoku_grade("1234341221434324", ex)
     (1.0, 0.5)
     """
-    cells, puzzle = sudoku_cells(completion), example["puzzle"]
-    if cells is None:
-        return 0.0
-    kept, empty = all(p in ("0", c) for p, c in zip(puzzle, cells)), max(1, puzzle.count("0"))
-    if kept and tuple(map(int, cells)) in set(map(tuple, sudoku_grids().tolist())):
+    (cells, whole), puzzle = sudoku_cells(completion), example["puzzle"]
+    kept, empty = whole and all(p in ("0", c) for p, c in zip(puzzle, cells)), max(1, puzzle.count("0"))
+    if kept and tuple(map(int, cells)) in _sudoku_solutions():
         return 1.0
     right = sum(p == "0" and s == c for p, s, c in zip(puzzle, example["solution"], cells))
     return min(right, empty - 1) / empty
 
 
 def sudoku_parts(completion: str, example: dict) -> dict:
-    """format: 1/2 for 16 cells + 1/2 for the share of clues kept; correct: 3 x grade.
+    """format: 1/2 for 16 cells + 1/2 for the share of clues kept; correct: grade.
 
-    >>> sum(sudoku_parts("1234341221434321", {"puzzle": "1234341221434300", "solution": "1234341221434321"}).values())
-    4.0
-    >>> sum(sudoku_parts("no idea", {"puzzle": "1234341221434300", "solution": "1234341221434321"}).values())
-    0.0
+    >>> ex = {"puzzle": "1234341221434300", "solution": "1234341221434321"}
+    >>> sudoku_parts("1234341221434321", ex), sudoku_parts("no idea", ex)
+    ({'format': 1.0, 'correct': 1.0}, {'format': 0.0, 'correct': 0.0})
     """
-    cells, puzzle = sudoku_cells(completion), example["puzzle"]
-    if cells is None:
-        return {"format": 0.0, "correct": 0.0}
+    (cells, whole), puzzle = sudoku_cells(completion), example["puzzle"]
     kept = sum(p == c for p, c in zip(puzzle, cells) if p != "0") / max(1, 16 - puzzle.count("0"))
-    return {"format": 0.5 + 0.5 * kept, "correct": 3 * sudoku_grade(completion, example)}
+    return {"format": 0.5 + 0.5 * kept if whole else 0.0, "correct": sudoku_grade(completion, example)}
 
 
 @cache
@@ -120,6 +128,11 @@ def sudoku_grids() -> np.ndarray:
     pairs = [a + b for a in rows for b in rows if all({*a[i:i + 2], *b[i:i + 2]} == {1, 2, 3, 4} for i in (0, 2))]
     return np.array([a + b for a in pairs for b in pairs
                      if all(len({a[c], a[4 + c], b[c], b[4 + c]}) == 4 for c in range(4))])
+
+
+@cache
+def _sudoku_solutions() -> frozenset:
+    return frozenset(map(tuple, sudoku_grids().tolist()))
 
 
 @cache
@@ -166,19 +179,22 @@ def sudoku_lazy(example: dict, rng: random.Random) -> str:
 
 
 def sudoku_row(row: dict) -> dict:
-    """A row of a data file -> example; columns puzzle and solution in any case."""
+    """A row of a data file -> example; columns puzzle and solution in any case, or d1's generations: question, gold."""
     ex = {k.lower(): str(v).strip() for k, v in row.items() if k}
+    if "puzzle" not in ex and (m := re.search("[0-4]{16}", ex.get("question", ""))):
+        ex["puzzle"], ex["solution"] = m[0], ex["gold"]
     puzzle, solution = ex["puzzle"], ex["solution"]
     if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
         raise ValueError("puzzle and solution must be 16 digits each, 0 for an empty cell")
-    if sudoku_grade(solution, {"puzzle": puzzle, "solution": "-" * 16}) < 1:
+    if sudoku_grade(solution, {"puzzle": puzzle, "solution": solution}) < 1:
         raise ValueError("the solution is not a valid grid over the puzzle's clues")
     return {"puzzle": puzzle, "solution": solution}
 
 
 # ----------------------------------------------------------------------------------------------------------- Countdown
-LATEX = [(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\times|\\cdot|×|·", "*"), (r"\\div|÷", "/"),
-         (r"−|–", "-"), (r"\\left|\\right|\\[()\[\]]|\$|\\,|\\;", "")]
+LATEX = [(re.compile(p), r) for p, r in (
+    (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\times|\\cdot|×|·|∗", "*"), (r"\\div|÷", "/"), (r"[−–]", "-"),
+    (r"\\left|\\right|\\[()\[\],;!]|\$", ""), (r"[\[{]", "("), (r"[\]}]", ")"), (r"(?<=[0-9)])(\s?)[xX](?=\s?[0-9(])", r"\1*"))]
 
 
 def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
@@ -233,18 +249,24 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
 
 
 def countdown_expression(completion: str) -> tuple[Fraction, list[int]] | None:
-    """The expression a completion commits to, "= target" and LaTeX operators tolerated.
+    """Value and numbers of the expression a completion commits to: the last of its answer, LaTeX operators understood; an
+    equation with a number counts if it is true.
 
-    >>> countdown_expression("<answer>\\\\boxed{3 \\\\times (4 - 1) = 9}</answer>")
-    (Fraction(9, 1), [3, 4, 1])
+    >>> countdown_expression("<answer>\\\\boxed{3 \\\\times (4 - 1) = 9}</answer>"), countdown_expression("3 * 3 = 8")
+    ((Fraction(9, 1), [3, 4, 1]), None)
     """
-    text = extract_answer(completion)
-    if len(text) > 2000:
-        return None
+    text = find_answer(completion)[0][-2000:]
     for pattern, replacement in LATEX:
-        text = re.sub(pattern, replacement, text)
-    lines = [line for line in text.splitlines() if line.strip()] or [""]
-    return evaluate_expression(lines[-1].split("=")[0])
+        text = pattern.sub(replacement, text)
+    chunks = [c for c in re.split(r"[^-+*/()=0-9. \t]+", text) if re.search("[0-9]", c)] or [""]
+    sides = [s.strip() for s in chunks[-1].lstrip("+*/=). \t").rstrip("-+*/=(. \t").split("=")]
+    number = re.compile(r"-?[0-9]{1,9}(?:\.0*)?")
+    if len(sides) == 2 and number.fullmatch(sides[0]):
+        sides.reverse()                                                      # 14 = (3+4)*2
+    parsed = evaluate_expression(sides[0]) if len(sides) < 3 else None
+    if parsed and len(sides) == 2 and not (number.fullmatch(sides[1]) and parsed[0] == Fraction(sides[1])):
+        return None
+    return parsed
 
 
 def countdown_grade(completion: str, example: dict) -> float:
@@ -259,44 +281,40 @@ def countdown_grade(completion: str, example: dict) -> float:
 
 
 def countdown_parts(completion: str, example: dict) -> dict:
-    """format: 1/2 for an expression + 1/2 if it uses each number once; correct: 3 if solved.
+    """format: 1/2 for an expression + 1/2 if it uses each number once; correct: 1 if solved.
 
     >>> ex = {"nums": [3, 4, 2], "target": 14}
     >>> [sum(countdown_parts(c, ex).values()) for c in ("(3+4)*2", "3+4+2", "7*2", "no")]
-    [4.0, 1.0, 0.5, 0.0]
+    [2.0, 1.0, 0.5, 0.0]
     """
     parsed = countdown_expression(completion)
     uses = parsed is not None and Counter(parsed[1]) == Counter(example["nums"])
-    return {"format": 0.5 * (parsed is not None) + 0.5 * uses, "correct": 3 * countdown_grade(completion, example)}
-
-
-def expressions(nums: list, operators: str = "+-*/") -> list[tuple[str, Fraction]]:
-    """Every expression over the numbers in this order, no needless parentheses, with its value."""
-    if len(nums) == 1:
-        return [(str(nums[0]), Fraction(nums[0]))]
-    found = []
-    for i in range(len(nums) - 1, 0, -1):
-        for (left, a), (right, b) in itertools.product(expressions(nums[:i], operators), expressions(nums[i:], operators)):
-            for op in operators if b else operators.replace("/", ""):
-                tight = op in "*/"
-                lhs = f"({left})" if tight and re.search(r"[-+](?![^(]*\))", left) else left
-                rhs = f"({right})" if len(nums) - i > 1 and (tight or re.search(r"[-+]", right)) else right
-                found.append((f"{lhs}{op}{rhs}", {"+": a + b, "-": a - b, "*": a * b, "/": b and a / b}[op]))
-    return found
+    return {"format": 0.5 * (parsed is not None) + 0.5 * uses, "correct": countdown_grade(completion, example)}
 
 
 def countdown_solve(nums: list, target: int) -> str | None:
-    """An expression that uses each number once and gives the target: without products and in the given order if possible.
+    """An expression that uses each number once and gives the target: sums and differences if possible, in the given order if
+    possible, else products too.
 
-    >>> countdown_solve([3, 4, 2], 14), countdown_solve([30, 100, 93], 23)
-    ('(3+4)*2', '30-100+93')
+    >>> countdown_solve([3, 4, 2], 14), countdown_solve([30, 100, 93], 23), countdown_solve([3, 3], 7)
+    ('2*(3+4)', '30-100+93', None)
     """
-    for operators in ("+-", "+-*/"):
-        for order in itertools.permutations(nums):
-            for text, value in expressions(list(order), operators):
-                if value == target:
-                    return text
-    return None
+    for order in itertools.permutations(nums):
+        for signs in itertools.product((1, -1), repeat=len(nums) - 1):
+            if order[0] + sum(s * n for s, n in zip(signs, order[1:])) == target:
+                return str(order[0]) + "".join(f"{'+' if s > 0 else '-'}{n}" for s, n in zip(signs, order[1:]))
+
+    def search(pool):                            # of (text, value): merge any two until one is left
+        if len(pool) == 1:
+            return pool[0][0] if pool[0][1] == target else None
+        for (i, (a, x)), (j, (b, y)) in itertools.permutations(enumerate(pool), 2):
+            rest = [pool[k] for k in range(len(pool)) if k not in (i, j)]
+            for op, value in (("+", x + y), ("-", x - y), ("*", x * y), ("/", x / y if y else None)):
+                if value is not None and (found := search([*rest, (f"({a}{op}{b})", value)])):
+                    return found
+        return None
+    found = search([(str(n), Fraction(n)) for n in nums])
+    return found and found[1:-1]
 
 
 def countdown_generate(n: int, seed: int, split: str) -> list[dict]:
@@ -317,7 +335,9 @@ def countdown_lazy(example: dict, rng: random.Random) -> str:
 
 
 def countdown_row(row: dict) -> dict:
-    """A row of a data file -> example; {nums, target} or d1's {input: "30,100,93", output: "23"}."""
+    """A row of a data file -> example; {nums, target}, d1's {input: "30,100,93", output: "23"} or its generations' gold."""
+    if "gold" in row:
+        row = dict(zip(("nums", "target"), row["gold"]))
     nums = row["nums"] if "nums" in row else [int(x) for x in str(row["input"]).split(",")]
     target = row["target"] if "target" in row else int(str(row["output"]))
     if not nums or not all(type(x) is int for x in [*nums, target]):
@@ -325,93 +345,262 @@ def countdown_row(row: dict) -> dict:
     return {"nums": list(nums), "target": target}
 
 
-# ------------------------------------------------------------------------------------------------------ GSM8K and MATH
-NUMBER = re.compile(r"[-−]?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|[-−]?\.[0-9]+")
+# --------------------------------------------------------------------------------------------------------------- GSM8K
+TYPESETTING = [(re.compile(p), r) for p, r in (
+    (r"\\[dtc]?frac\s*\{?([0-9]+)\}?\s*\{?([0-9]+)\}?", r" \1/\2"), (r"\\[,;!: ]|\{,\}|\\(?=[$%])", ""), (r"[−–]", "-"),
+    (r"(?<=[A-Za-z})])\s?\^\s?\{?-?[0-9]+\}?|\^\s?\{?\\circ\}?", ""))]       # spaces within numbers, powers of units, degrees
+_RUN = r"[-+]?[$€£¥]?[-+]?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
+ARITHMETIC = re.compile(rf"(?<![A-Za-z0-9_^])(?:[0-9]+ (?=[0-9]+/[0-9]))?{_RUN}(?:(?:\s?[-+*/^×÷x]\s?|:){_RUN})*")
+NUMBER = re.compile(r"([-+]?)[$€£¥]?([-+]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+FRACTION = re.compile(r"([-+]?)(?:([0-9]+) )?([0-9]+)/([0-9]+)")
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text, thousands commas, sign, currency and decimals read; None if there is none.
+    """The last number of a text: sign, currency, thousands commas, decimals, a/b, 1 1/2, \\frac read, units ignored. None if there
+    is none, or if it stands in arithmetic left to do (2*36), in a list without spaces (1,2), or is malformed (0,72).
 
-    >>> last_number("that makes $1,234.50 in all")
-    Fraction(2469, 2)
+    >>> last_number("that makes $1,234.50 in all"), last_number(r"2\\frac{1}{2} cm^2"), last_number("1e72")
+    (Fraction(2469, 2), Fraction(5, 2), None)
     """
-    found = NUMBER.findall(text[-2000:])
-    return Fraction(found[-1].replace(",", "").replace("$", "").replace("−", "-")) if found else None
+    text = text[-2000:]
+    for pattern, replacement in TYPESETTING:
+        text = pattern.sub(replacement, text)
+    last = None
+    for last in ARITHMETIC.finditer(text):
+        pass
+    found = last[0].rstrip(".,") if last else ""
+    if m := NUMBER.fullmatch(found):
+        return Fraction(m[3].replace(",", "")) * (-1 if "-" in (m[1], m[2]) else 1)
+    if (m := FRACTION.fullmatch(found)) and int(m[4]):
+        return (int(m[2] or 0) + Fraction(int(m[3]), int(m[4]))) * (-1 if m[1] == "-" else 1)
+    return None
+
+
+def gsm8k_gold(example: dict) -> str:
+    """What stands after #### in the example's answer."""
+    return example["answer"].rsplit("####")[-1].strip()
 
 
 def gsm8k_grade(completion: str, example: dict) -> float:
     """1 if the answer's last number equals the number after #### in the example's answer.
 
-    >>> gsm8k_grade("<answer>\\\\boxed{72}</answer>", {"question": "", "answer": "... #### 72"})
-    1.0
+    >>> ex = {"question": "", "answer": "... #### 72"}
+    >>> gsm8k_grade("<answer>\\boxed{72 eggs}</answer>", ex), gsm8k_grade("27", ex)
+    (1.0, 0.0)
     """
-    gold = last_number(str(example["answer"]).rsplit("####")[-1])
-    return float(gold is not None and last_number(extract_answer(completion)) == gold)
+    gold = last_number(gsm8k_gold(example))
+    return float(gold is not None and last_number(find_answer(completion)[0]) == gold)
 
 
-TOWER = re.compile(r"\^\s*\{?\s*[0-9]+\s*\}?\s*\^|\^\s*\{?\s*[0-9]{5,}|!\s*!|[0-9]{4,}\s*\)?\s*!")   # numbers too large to compute
+# ---------------------------------------------------------------------------------------------------------------- MATH
+MATH_STYLE = [(re.compile(p), r) for p, r in (                               # what does not change an answer
+    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[,;!: ]|\\?\$|\\?%|\^\s*\{?\\circ\}?|\\degree|\{,\}", ""),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"), (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
+    (r"(?<=[0-9}])\s*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?$", ""),      # a unit
+    (r"\\(?:text|mathrm|mathbf|textbf|mbox|textrm)\s*\{([^{}]*)\}", r"\1"), (r"^\s*[A-Za-z]\s*(?:=|\\in(?![A-Za-z]))", ""),
+    (r"^\s*\(([A-Za-z])\)\s*$", r"\1"), (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ""), (r"(?<![0-9])\.(?=[0-9])", "0."),
+    (r"(\.[0-9]*?)0+(?![0-9])", r"\1"), (r"\.(?![0-9])", ""), (r"^(-?)([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"), (r"\s+", ""))]
+MATH_LIMIT = 5                         # seconds for one comparison, kept by the operating system
+
+
+def math_normal(answer: str) -> str:
+    """An answer without what is only typesetting: equal strings are equal answers.
+
+    >>> math_normal(r"x = \\dfrac12"), math_normal("58,500.0"), math_normal(r"36\\text{ inches}"), math_normal(r"\\text{(C)}")
+    ('\\\\frac{1}{2}', '58500', '36', 'C')
+    """
+    for pattern, replacement in MATH_STYLE:
+        answer = pattern.sub(replacement, answer.strip())
+    return answer
+
+
+def math_form(normal: str):
+    """How a normalised answer is written: "decimal", ("fraction", in lowest terms), ("base", b), a word itself, or "other"."""
+    if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", normal):
+        return "decimal"
+    if m := re.fullmatch(r"[-+]?\\frac\{([-+]?[0-9]{1,400})\}\{([-+]?[0-9]{1,400})\}", normal):
+        return "fraction", gcd(int(m[1]), int(m[2])) == 1
+    if m := re.fullmatch(r"[0-9A-F]+_\{?([0-9]+)\}?", normal):
+        return "base", m[1]
+    return normal.lower() if re.fullmatch(r"[A-Za-z]{2,}", normal) else "other"
+
+
+class MathWorker:
+    """math-verify in a process of its own. Its time limit is an alarm that ends that process, whatever the library computes, so it
+    holds in any thread or process of ours and leaves nothing behind; the next question starts a new one."""
+
+    def __init__(self):
+        self.lock, self.process, self.owner = threading.Lock(), None, None
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """Whether math-verify finds the two equal in value; False if it cannot tell in time."""
+        with self.lock:
+            if self.process is None or self.owner != os.getpid():                # after a fork the pipe is the parent's
+                path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+                self.process, self.owner = subprocess.Popen(                     # a session of its own: Ctrl-C is not for it
+                    [sys.executable, "-P", "-c", "import rewards; rewards.math_worker()"], env={**os.environ, "PYTHONPATH": path},
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                    start_new_session=True), os.getpid()
+                if self.process.stdout.readline() != "ready\n":
+                    self.process = None
+                    raise BadInput("math-verify does not start; is it installed? pip install -r requirements.txt")
+            try:
+                self.process.stdin.write(json.dumps([gold, answer]) + "\n")
+                self.process.stdin.flush()
+                verdict = self.process.stdout.readline()
+            except OSError:
+                verdict = ""
+            if not verdict:                                                      # the alarm rang
+                self.process.kill()
+                self.process.communicate()
+                self.process = None
+            return verdict == "1\n"
+
+
+def math_worker():
+    """Of each line [gold, answer] on stdin whether math-verify finds them equal, 1 or 0, on stdout."""
+    import resource
+    import signal
+    from math_verify import parse, verify
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        signal.alarm(MATH_LIMIT)                                                 # not handled: it ends the process
+        try:
+            gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
+            equal = verify(gold, answer, timeout_seconds=None)
+        except Exception:                                                        # whatever sympy makes of a strange string
+            equal = False
+        signal.alarm(0)
+        print(int(bool(equal)), flush=True)
+
+
+_worker = MathWorker()
+
+
+@lru_cache(100_000)
+def math_equal(gold: str, answer: str) -> bool:
+    """Whether two LaTeX answers are equal in value, however they are written: by math-verify, unless the strings settle it."""
+    a, b = math_normal(gold), math_normal(answer[:500])
+    if a == b or len(answer) > 500 or not a or not b:
+        return a == b and len(answer) <= 500 and bool(a)
+    depth = list(itertools.accumulate(((c == "{") - (c == "}") for c in re.sub(r"\\[{}]", "", answer)), initial=0))
+    if depth[-1] or min(depth) < 0 or "boxed" in answer or not answer.isprintable():     # it would escape the box it is put in
+        return False
+    if any(form not in ("decimal", "other") and isinstance(form, str) for form in (math_form(a), math_form(b))):
+        return a.lower() == b.lower()                                        # words: to math-verify, letters that commute
+    return _worker.equal(gold, answer)
+
+
+def math_value(completion: str, example: dict) -> float:
+    """1 if the answer equals the example's in value, in any form.
+
+    >>> [math_value(rf"\\boxed{{{a}}}", {"problem": "", "answer": r"\\frac{1}{8}"}) for a in ("0.125", r"\\frac{3}{24}", "0.1")]
+    [1.0, 1.0, 0.0]
+    """
+    return float(math_equal(example["answer"], find_answer(completion)[0]))
 
 
 def math_grade(completion: str, example: dict) -> float:
-    """1 if math-verify finds the answer equal to the example's.
+    """1 if the answer equals the example's and is written in the same form: a fraction in lowest terms, a decimal, a number in
+    its base. The dataset asks for that ("as a common fraction"), and the published tables count so; math_value does not ask.
 
-    >>> math_grade(r"<answer>\\boxed{\\frac{1}{2}}</answer>", {"problem": "", "answer": "0.5"})
-    1.0
+    >>> [math_grade(rf"\\boxed{{{a}}}", {"problem": "", "answer": r"\\frac{1}{8}"}) for a in ("1/8", r"\\dfrac18", "0.125", "3/24")]
+    [1.0, 1.0, 0.0, 0.0]
     """
-    from math_verify import parse, verify                                   # slow to import, and only this task needs it
-    answer = extract_answer(completion)
-    depth = [answer[:i + 1].count("{") - answer[:i + 1].count("}") for i in range(len(answer[:500]))]
-    if len(answer) > 500 or "boxed" in answer or any(d < 0 for d in depth) or depth[-1:] not in ([], [0]) or TOWER.search(answer):
-        return 0.0
-    limit = 5 if threading.current_thread() is threading.main_thread() else None     # seconds; math-verify's needs signals
-    try:
-        gold, answer = (parse(f"\\boxed{{{t}}}", parsing_timeout=limit) for t in (str(example["answer"]), answer))
-        return float(verify(gold, answer, timeout_seconds=limit))
-    except Exception:                                                       # a completion must never end a run
-        return 0.0
+    gold, answer = example["answer"], find_answer(completion)[0]
+    a, b = math_normal(gold), math_normal(answer[:500])
+    in_form = a == b or math_form(a) == math_form(b) != ("fraction", False)
+    return float(in_form and math_equal(gold, answer))
 
 
-def tag_parts(completion: str, correct: float) -> dict:
-    """The published sum of the two maths tasks: 1/2 for reasoning tags + 1/2 for answer tags + 3 if correct."""
-    def tagged(name):
-        start = completion.find(f"<{name}>")
-        return start >= 0 and completion.find(f"</{name}>", start) >= 0
+def tag_parts(completion: str, grade: float) -> dict:
+    """Of the two maths tasks. think: the reasoning is closed (the prompt may have opened it); answer: an answer tag is opened and
+    closed; correct: grade."""
+    text = text_of(completion)
+    start = text.find("<answer>")
+    return {"think": float("</think>" in text or "</reasoning>" in text),
+            "answer": float(start >= 0 and text.find("</answer>", start) >= 0), "correct": grade}
 
-    return {"think": 0.5 * (tagged("think") or tagged("reasoning")), "answer": 0.5 * tagged("answer"), "correct": 3 * correct}
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+FORMATS = {                            # --prompt: (how the answer is to be laid out, how the completion begins)
+    "agrpo": ("First think it through between <think> and </think>. Then give nothing but the final answer, as \\boxed{{{form}}}, between "
+              "<answer> and </answer>.", ""),
+    "d1": ("Answer in this format:\n<reasoning>\nyour reasoning\n</reasoning>\n<answer>\n\\boxed{{{form}}}\n</answer>", "<reasoning>"),
+}
+
+
+def prompt_for(task: str, example: dict, style: str, system_prompt: str = "") -> tuple[str, str]:
+    """The user's message, and what the completion is made to begin with. Style "bare" (or none): the statement alone, as the
+    tiny model knows it. The published styles put the instructions before the statement, in one message; `system_prompt` replaces them.
+
+    >>> prompt_for("countdown", {"nums": [3, 4, 2], "target": 14}, "bare")
+    ('3,4,2=14', '')
+    """
+    row = TASKS[task]
+    if style in ("bare", ""):
+        return row.prompt(example), ""
+    layout, begin = FORMATS[style]
+    return f"{system_prompt or row.instruction + ' ' + layout.format(form=row.form)}\n\n{row.question(example)}", begin
 
 
 # ----------------------------------------------------------------------------------------------------- the table of tasks
 @dataclass(frozen=True)
 class Task:
-    """One row of TASKS. `generate` and `lazy` are None for tasks whose data cannot be made up."""
-    prompt: Callable[[dict], str]                          # example -> what the user says
-    gold: Callable[[dict], str]                            # example -> a right completion
+    """One row of TASKS. `generate` and `lazy` are None for tasks whose data cannot be made up, `hub` for the others."""
+    prompt: Callable[[dict], str]                          # example -> the statement alone
+    question: Callable[[dict], str]                        # example -> the statement in words
+    instruction: str                                       # what to do with it
+    form: str                                              # what stands in the box
+    gold: Callable[[dict], str]                            # example -> a right answer
     grade: Callable[[str, dict], float]
-    parts: Callable[[str, dict], dict]
+    parts: Callable[[str, dict], dict]                     # each in [0, 1]
+    weights: dict                                          # of the parts in the reward: the published sum
+    answer: Callable[[str], object]                        # completion -> what is put to the vote, None for no answer
     row: Callable[[dict], dict]                            # a row of a data file -> example
     statement: Callable[[dict], object]                    # equal for two examples that are the same but for symmetry
+    beside: tuple[str, Callable] | None = None             # a second grade to report: its name, (completion, example) -> [0, 1]
     generate: Callable[[int, int, str], list] | None = None
     lazy: Callable[[dict, random.Random], str] | None = None
+    hub: dict | None = None                                # split -> arguments of datasets.load_dataset
 
 
-def _columns(*names):
-    def read(row):
-        if not all(type(row[name]) in (str, int, float) for name in names):
-            raise ValueError(f"{' and '.join(names)} must be text")
-        return {name: str(row[name]) for name in names}
-    return read
+def text_row(question: str, row: dict) -> dict:
+    """A row with a question and an answer in words -> example; `question` may be called question, the answer gold."""
+    example = {question: row[question] if question in row else row["question"], "answer": row["answer"] if "answer" in row else row["gold"]}
+    if "answer" not in row and example["answer"] is None:                    # a few of d1's published golds are missing
+        example["answer"] = ""
+    if not all(type(value) in (str, int, float) for value in example.values()):
+        raise ValueError(f"{question} and answer must be text")
+    return {k: str(v) for k, v in example.items()}
 
 
 TASKS = {
-    "sudoku": Task(lambda ex: ex["puzzle"], lambda ex: ex["solution"], sudoku_grade, sudoku_parts, sudoku_row,
-                   lambda ex: int(sudoku_class(np.array([[int(c) for c in ex["puzzle"]]]))[0]), sudoku_generate, sudoku_lazy),
-    "countdown": Task(lambda ex: f"{','.join(map(str, ex['nums']))}={ex['target']}",
-                      lambda ex: countdown_solve(ex["nums"], ex["target"]), countdown_grade, countdown_parts, countdown_row,
-                      lambda ex: (*sorted(ex["nums"]), ex["target"]), countdown_generate, countdown_lazy),
-    "gsm8k": Task(lambda ex: ex["question"], lambda ex: ex["answer"], gsm8k_grade,
-                  lambda c, ex: tag_parts(c, gsm8k_grade(c, ex)), _columns("question", "answer"), lambda ex: ex["question"]),
-    "math": Task(lambda ex: ex["problem"], lambda ex: ex["answer"], math_grade,
-                 lambda c, ex: tag_parts(c, math_grade(c, ex)), _columns("problem", "answer"), lambda ex: ex["problem"]),
+    "sudoku": Task(
+        lambda ex: ex["puzzle"], lambda ex: f"Puzzle: {ex['puzzle']}",
+        "Solve a 4x4 Sudoku. The puzzle is 16 digits, row by row, 0 for an empty cell. Every row, every column and every 2x2 box must "
+        "hold 1, 2, 3 and 4 once each; the given digits stay.", "the 16 digits of the solution", lambda ex: ex["solution"],
+        sudoku_grade, sudoku_parts, {"format": 1, "correct": 3}, lambda c: sudoku_cells(c)[0] or None, sudoku_row,
+        lambda ex: int(sudoku_class(np.array([[int(c) for c in ex["puzzle"]]]))[0]), ("cells", sudoku_grade), sudoku_generate, sudoku_lazy),
+    "countdown": Task(
+        lambda ex: f"{','.join(map(str, ex['nums']))}={ex['target']}", lambda ex: f"Numbers: {ex['nums']}\nTarget: {ex['target']}",
+        "Find an arithmetic expression that equals the target. Use each of the numbers exactly once, the operations +, -, *, / and "
+        "parentheses, and nothing else.", "the expression", lambda ex: countdown_solve(ex["nums"], ex["target"]),
+        countdown_grade, countdown_parts, {"format": 1, "correct": 3}, lambda c: find_answer(c)[0].replace(" ", "") or None, countdown_row,
+        lambda ex: (*sorted(ex["nums"]), ex["target"]), None, countdown_generate, countdown_lazy),
+    "gsm8k": Task(
+        lambda ex: ex["question"], lambda ex: ex["question"], "Solve the problem step by step.", "the number", gsm8k_gold,
+        gsm8k_grade, lambda c, ex: tag_parts(c, gsm8k_grade(c, ex)), {"think": 0.5, "answer": 0.5, "correct": 3},
+        lambda c: last_number(find_answer(c)[0]), partial(text_row, "question"), lambda ex: ex["question"],
+        hub={"train": ("openai/gsm8k", "main", "train"), "test": ("openai/gsm8k", "main", "test")}),
+    "math": Task(
+        lambda ex: ex["problem"], lambda ex: ex["problem"], "Solve the problem step by step.", "the answer in simplest form",
+        lambda ex: ex["answer"],
+        math_grade, lambda c, ex: tag_parts(c, math_grade(c, ex)), {"think": 0.5, "answer": 0.5, "correct": 3},
+        lambda c: math_normal(find_answer(c)[0][:500]) or None, partial(text_row, "problem"), lambda ex: " ".join(ex["problem"].split()),
+        ("any form", math_value),
+        hub={"train": ("nlile/hendrycks-MATH-benchmark", None, "train"), "test": ("HuggingFaceH4/MATH-500", None, "test")}),
 }
 
 
@@ -420,16 +609,48 @@ def grade(task: str, completion: str, example: dict) -> float:
     return TASKS[task].grade(completion, example)
 
 
-def reward_parts(task: str, completion: str, example: dict) -> dict:
-    """The named parts whose sum is the reward, each logged as a column of its own."""
-    return TASKS[task].parts(completion, example)
+def reward_parts(task: str, completion: str, example: dict, weights: dict | None = None) -> dict:
+    """The named parts whose sum is the reward, each logged as a column of its own; weights: as Task.weights, by default the
+    published sum, 0 to 4. Never raises on any completion.
+
+    >>> reward_parts("countdown", "3+4+2", {"nums": [3, 4, 2], "target": 14})
+    {'format': 1.0, 'correct': 0.0}
+    """
+    weights = weights or TASKS[task].weights
+    return {name: weights[name] * value for name, value in TASKS[task].parts(completion, example).items()}
 
 
 def reward(task: str, completion: str, example: dict) -> float:
-    """What training maximises, 0 to 4: format up to 1 + correct up to 3. Never raises on any completion."""
+    """The published reward, 0 to 4: format up to 1 + correct up to 3."""
     return float(sum(reward_parts(task, completion, example).values()))
 
 
+def overlong(length: int, limit: int, free: float) -> float:
+    """How far a completion of `length` tokens goes beyond the share `free` of its limit: 0 up to there, 1 at the limit. (DAPO's soft
+    overlong punishment, arXiv 2503.14476; free = 0 punishes every token.)
+
+    >>> overlong(80, 100, 0.8), overlong(90, 100, 0.8), overlong(100, 100, 0.8)
+    (0.0, 0.5, 1.0)
+    """
+    return round(min(1.0, max(0.0, (length / limit - free) / (1 - free))), 9)
+
+
+def read_weights(task: str, text: str) -> dict:
+    """"correct=2,format=0.5" -> the task's weights with these changed. Raises BadInput.
+
+    >>> read_weights("countdown", "correct=2")
+    {'format': 1, 'correct': 2.0}
+    """
+    weights = dict(TASKS[task].weights)
+    for item in filter(None, text.split(",")):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in weights or not re.fullmatch(r"-?[0-9]{1,6}(\.[0-9]{1,6})?", value):
+            raise BadInput(f"--reward-weights {item!r}: must be NAME=NUMBER, the names for {task} are {', '.join(weights)}")
+        weights[name] = float(value)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
 def in_split(statement, split: str, test_share: float = 0.2) -> bool:
     """Whether a statement (up to symmetry: pass its class) belongs to `split`: a hash decides, so that train and test
     are disjoint whatever the seed and the number of examples."""
@@ -442,13 +663,22 @@ def held_out(task: str, example: dict) -> bool:
     return in_split(TASKS[task].statement(example), "test")
 
 
-def load_examples(task: str, n: int, seed: int, split: str, path: str | None = None) -> list[dict]:
-    """`n` examples from the task's generator or (all of them if n is 0) from a file: .csv, or .jsonl / .json lines.
-    Raises BadInput with file and line number."""
-    if path is None:
-        if TASKS[task].generate is None:
-            raise BadInput(f"task {task} cannot be generated: give --data FILE with columns as in the README")
-        return TASKS[task].generate(n, seed, split)
+def from_hub(task: str, split: str) -> list[dict]:
+    """The examples of a published data set, downloaded once by the datasets library. Raises BadInput with what helps."""
+    import datasets
+    import huggingface_hub
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()                      # its retries take half a minute, in silence
+    name, config, part = TASKS[task].hub[split]
+    try:
+        return [TASKS[task].row(row) for row in datasets.load_dataset(name, config, split=part)]
+    except Exception as error:                                               # many kinds, from three libraries
+        raise BadInput(f"cannot load {name} ({type(error).__name__}): without network give --data FILE, lines of JSON with "
+                       f"{TASKS[task].row.args[0]} and answer") from None
+
+
+def from_file(task: str, path: str) -> list[dict]:
+    """The examples of a file: .csv with a header, or lines of JSON. Raises BadInput with file and line number."""
     examples, number = [], 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
@@ -462,19 +692,32 @@ def load_examples(task: str, n: int, seed: int, split: str, path: str | None = N
         raise BadInput(f"cannot read --data {path}: {error}") from None
     except KeyError as error:
         raise BadInput(f"{path}:{number}: no column {error} for task {task}") from None
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, csv.Error) as error:
         raise BadInput(f"{path}:{number + isinstance(error, csv.Error)}: {error}") from None
     if not examples:
         raise BadInput(f"{path}: no examples in it")
+    return examples
+
+
+def load_examples(task: str, n: int, seed: int, split: str, path: str = "") -> list[dict]:
+    """`n` examples of a split, generated, or the first n (all if n is 0) of a file or of the published data set. Raises BadInput."""
+    if not path and TASKS[task].generate:
+        return TASKS[task].generate(n, seed, split)
+    examples = from_file(task, path) if path else from_hub(task, split)
     return examples[:n] if n else examples
 
 
-def load_split(task: str, n: int, n_test: int, seed: int, path: str | None = None) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples, no statement in both: generated, or a file's own, divided by `held_out`."""
-    if path is None:
-        return load_examples(task, n, seed, "train"), load_examples(task, n_test, 0, "test")
-    examples = load_examples(task, 0, seed, "", path)
-    train, test = ([ex for ex in examples if held_out(task, ex) == side] for side in (False, True))
+def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_path: str = "") -> tuple[list[dict], list[dict]]:
+    """Training and held-out examples, no statement in both: generated or published, or from files; a file without a second
+    one is divided by `held_out`."""
+    if path and not test_path:
+        examples = from_file(task, path)
+        train, test = ([ex for ex in examples if held_out(task, ex) == side] for side in (False, True))
+    else:
+        test = load_examples(task, n_test, 0, "test", test_path)
+        train = load_examples(task, n if TASKS[task].generate and not path else 0, seed, "train", path)
+        seen = set(map(TASKS[task].statement, load_examples(task, 0, 0, "test", test_path) if TASKS[task].hub or test_path else test))
+        train = [ex for ex in train if TASKS[task].statement(ex) not in seen]
     if not train or not test:
-        raise BadInput(f"--data {path}: {len(examples)} examples are too few to hold some out")
+        raise BadInput(f"--data {path}: too few examples to train on some and hold others out")
     return train, test[:n_test]

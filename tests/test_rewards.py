@@ -2,18 +2,28 @@
 Run: pytest tests/test_rewards.py"""
 import doctest
 import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from fuzz import FILES, IMPOSSIBLE, PIECES, fuzz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
 import rewards
-from rewards import TASKS, grade, reward
+from rewards import TASKS, BadInput, grade, reward, reward_parts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data files beside the project")
 EXAMPLES = {
     "sudoku": {"puzzle": "3102200002100320", "solution": "3142243142131324"},
     "countdown": {"nums": [3, 4, 2], "target": 14},
@@ -21,6 +31,11 @@ EXAMPLES = {
     "math": {"problem": "x?", "answer": "\\frac{1}{2}"},
 }
 RIGHT = {"sudoku": "3142243142131324", "countdown": "(3+4)*2", "gsm8k": "72", "math": "\\frac{1}{2}"}
+STYLES = ("<think>\n{r}\n</think>\n<answer>\n\\boxed{{{a}}}\n</answer>", "\n{r}\n</reasoning>\n<answer>\n\\boxed{{{a}}}\n</answer><|eot_id|>")
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("module", [rewards, evaluation], ids=lambda m: m.__name__)
@@ -33,40 +48,234 @@ def test_docstring_examples(module):
 def test_right_answers_in_every_form_they_come_in(task):
     ex, answer = EXAMPLES[task], RIGHT[task]
     for text in (f"<answer>{answer}</answer>", f"<think>well</think><answer>\n{answer}\n</answer>", f"\\boxed{{{answer}}}",
-                 f"<reasoning>\nno 1, 2\n</reasoning>\n<answer>\n\\boxed{{{answer}}}\n</answer><|eot_id|><|endoftext|>", answer):
+                 f"<reasoning>\nno 1, 2\n</reasoning>\n<answer>\n\\boxed{{{answer}}}\n</answer><|eot_id|><|endoftext|>", answer,
+                 f"<think>1</think><answer>\\boxed{{{answer}}}</answer><answer>", f"<answer>{answer}", f"<answer>\\boxed{{...}} \\boxed{{{answer}}} \\boxed{{}}",
+                 f"<reasoning>7</reasoning>\n{answer}", f"<answer>\\fbox{{{answer}}}</answer>", f"<answer>\\boxed{{\\boxed{{{answer}}}}}</answer>"):
         assert grade(task, text, ex) == 1, text
         assert grade(task, text.replace(answer, {"math": "3"}.get(task, "8" + answer[1:])), ex) < 1
     assert reward(task, f"<think>\n</think><answer>{answer}</answer>", ex) == 4
 
 
+WRITTEN = {                            # answers people and models write -> right or not, for these golds
+    "gsm8k": [("#### 1,234.5", {"$1,234.50": 1, "1234.5 dollars": 1, "\\$1{,}234.5": 1, "1\\,234.5": 1, "2469/2": 1, "\\frac{2469}{2}": 1, "1234 1/2": 1,
+                                "1234.5%": 1, "= 1234.5.": 1, "12,34.5": 0, "-1234.5": 0, "1.234.5": 0, "1 234.5": 0, "1234": 0, "1234,5": 0}),
+              ("#### 2", {"2 cm^2": 1, "2\\text{ m}^{2}": 1, "$2": 1, "US$2": 1, "2.00": 1, "4/2": 1, "1 + 1 = 2": 1, "1/2": 0, "1e2": 0, "2e0": 0, "1+2": 0, "2/3": 0,
+                          "10^2": 0, "m2": 0, "3:2": 0, "2,": 1, "-2": 0, "−2": 0, "0,2": 0, "1,2": 0, "2*2": 0, "2/0": 0, "4 2": 1, "2\\%": 1}),
+              ("#### -5", {"-5": 1, "−5": 1, "-$5": 1, "$-5": 1, "-5.0": 1, "5": 0, "x = -5": 1, "10-5": 0})],
+    "math": [("\\frac{1}{8}", {"\\dfrac18": 1, "1/8": 1, "\\tfrac{1}{8}": 1, "x = \\frac{1}{8}": 1, "0.125": 0, "\\frac{3}{24}": 0, "\\frac{8}{1}": 0}),
+             ("58,500", {"58500": 1, "58{,}500": 1, "58\\,500": 1, "58,500.00": 1, "58501": 0, "58": 0}),
+             ("\\$36", {"36": 1, "36.00": 1, "\\$36": 1, "36\\text{ dollars}": 1, "35": 0}), ("2", {"\\frac{6}{3}": 0, "1+1": 0, "2.0": 1, "x=2": 1}),
+             ("\\text{(C)}", {"C": 1, "(C)": 1, "\\textbf{(C)}": 1, "D": 0}), ("\\text{Evelyn}", {"Evelyn": 1, "evelyn": 1, "nylevE": 0, "Angela": 0}),
+             ("even", {"\\text{even}": 1, "neve": 0, "odd": 0}), ("x \\in [-2,7]", {"[-2, 7]": 1, "(-2,7)": 0, "[-2,8]": 0}),
+             ("2516_8", {"2516_{8}": 1, "2516": 0, "1358": 0}), ("16\\sqrt{3}", {"16 \\sqrt 3": 1, "\\sqrt{3} \\cdot 16": 1, "27.712813": 0, "16\\sqrt{2}": 0}),
+             ("1,-2", {"-2,1": 1, "1, -2": 1, "1,2": 0}), ("90^\\circ", {"90": 1, "90^{\\circ}": 1, "\\frac{\\pi}{2}": 0}),
+             ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", {"\\begin{pmatrix}1\\\\2\\end{pmatrix}": 1, "\\begin{pmatrix}2\\\\1\\end{pmatrix}": 0})],
+    "countdown": [("3,4,2=14", {"(3 + 4) * 2": 1, "2 \\times (3+4)": 1, "2 \\cdot \\left(3 + 4\\right) = 14": 1, "14 = (3+4)*2": 1, "[3+4] x 2": 1, "2×(4+3)=14.0": 1,
+                                "The expression is (3+4)*2.": 1, "(3+4)*2 = 15": 0, "3+4*2": 0, "(3+4)*2 = 14 = 14": 0, "(3+4)2": 0, "3+4=7*2=14": 0}),
+                  ("6,3,2=4", {"\\frac{6}{3} + 2": 1, "6/3+2": 1, "6 \\div 3 + 2": 1, "\\frac{6}{2} + 3": 0, "6//3+2": 0})],
+}
+
+
+@pytest.mark.parametrize("task", WRITTEN)
+def test_answers_as_they_are_written(task):
+    for gold, answers in WRITTEN[task]:
+        ex = {"question": "", "problem": "", "answer": gold}
+        if task == "countdown":
+            ex = {"nums": [int(x) for x in gold.split("=")[0].split(",")], "target": int(gold.split("=")[1])}
+        for answer, right in answers.items():
+            for text in (f"<answer>{answer}</answer>", f"<think>1 2</think><answer>\\boxed{{{answer}}}</answer>"):
+                assert grade(task, text, ex) == right, (gold, text)
+
+
+def test_equal_in_value_is_shown_beside_equal_in_form():
+    name, value = TASKS["math"].beside
+    for gold, answer, equal in (("\\frac{1}{8}", "0.125", 1), ("2516_8", "2516", 1), ("2", "\\frac{6}{3}", 1), ("2", "3", 0), ("\\text{A}", "B", 0)):
+        ex = {"problem": "", "answer": gold}
+        assert value(answer, ex) == equal and grade("math", answer, ex) == 0
+
+
 TRICKS = {
-    "sudoku": ["3102200002100320", "1234" * 4, "1234" * 40, "3142243142131324 1234123412341234", "exit()", ""],
+    "sudoku": ["3102200002100320", "1234" * 4, "1234" * 40, "3142243142131324 1234123412341234", "exit()", "", "31422431421313240", "314224314213132",
+               "3142243142131324" * 2],
     "countdown": ["14", "14=14", "3+4+2=14", "7*2", "(3+4)*2*1", "3+4*2+3", "14*1", "(3+4)*2 or 1", "3*4+2.0", "34-20", "9**9**9", "-" * 150, "3/0",
-                  "__import__('os')", "(" * 100 + "3", "(" * 200],
-    "gsm8k": ["0 1 2 3 4 5 6 7 8 9", "720", "7 2", "-72", "7.2", "exit()", "\\boxed{}", "How many are 70 and 2?"],
-    "math": ["\\frac{2}{1}", "", "1", "\\boxed{", "x", "9^{9^{9^{9}}}", "(1000000)!!"],
+                  "__import__('os')", "(" * 100 + "3", "(" * 200, "exit()", "Numbers: [3, 4, 2] Target: 14", "3, 4, 2, 14", "(3+4)*2, (3-4)*2", "(3+4)*2=99"],
+    "gsm8k": ["0 1 2 3 4 5 6 7 8 9", "".join(map(str, range(100))), " ".join(map(str, range(100))), "720", "7 2", "-72", "7.2", "exit()", "\\boxed{}",
+              "How many are 70 and 2?", "72 or 73", "\\boxed{72} \\boxed{73}", "1e72", "0,72", "71,72", "70+2", "72^2"],
+    "math": ["\\frac{2}{1}", "", "1", "\\boxed{", "x", "9^{9^{9^{9}}}", "(1000000)!!", "exit()", "\\frac{1}{2}, \\frac{1}{3}", "0 1 2 3 4 5 6 7 8 9",
+             "\\boxed{\\frac{1}{2}} \\boxed{\\frac{1}{3}}", "x?"],
 }
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_known_tricks_do_not_pay(task):
+    """Several boxed answers, all the digits, the numbers of the statement, the statement echoed, exit(), an answer outside the tag."""
     for text in TRICKS[task]:
-        for form in (text, f"<answer>{text}</answer>", f"\\boxed{{{RIGHT[task]}}} <answer>{text or '?'}</answer>"):
+        said = text if text.strip("\\boxed{}") else "?"                                  # an empty tag or box takes nothing back
+        for form in (text, f"<answer>{text}</answer>", f"<answer>\\boxed{{{text}}}</answer>", f"\\boxed{{{RIGHT[task]}}} <answer>{said}</answer>",
+                     f"<answer>\\boxed{{{RIGHT[task]}}}</answer> no, <answer>{said}</answer>"):
             assert grade(task, form, EXAMPLES[task]) < 1, form
             assert reward(task, form, EXAMPLES[task]) < 4
+    echo = rewards.prompt_for(task, EXAMPLES[task], "d1")[0]
+    assert grade(task, echo, EXAMPLES[task]) < 1 and grade(task, f"<answer>{echo}</answer>", EXAMPLES[task]) < 1
 
 
-@pytest.mark.parametrize("task", ["sudoku", "countdown", "gsm8k"])
+@pytest.mark.parametrize("task", TASKS)
 def test_no_string_raises(task):
-    pieces = st.sampled_from(["<answer>", "</answer>", "\\boxed{", "}", "\x00", "\ud800", "٣", "9" * 400, "1/0", "(", "-", "=", "1,000", "\\frac{1}{0}"])
+    pieces = st.sampled_from(PIECES)
 
-    @settings(max_examples=300, deadline=None)
-    @given(st.one_of(st.text(), st.lists(st.one_of(pieces, st.text(max_size=5))).map("".join)))
-    def check(text):
-        assert 0 <= grade(task, text, EXAMPLES[task]) <= 1 and 0 <= reward(task, text, EXAMPLES[task]) <= 4
+    @settings(max_examples=200, deadline=None)
+    @given(st.one_of(st.text(), st.lists(st.one_of(pieces, st.text(max_size=5))).map("".join)), st.sampled_from(IMPOSSIBLE[task]))
+    def check(text, ex):
+        assert 0 <= grade(task, text, ex) < 1 and 0 <= reward(task, text, ex) < 4
     check()
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_mutated_completions_never_raise_and_never_win(task):
+    fuzz(task, 100 if task == "math" else 1000, seed=1)                                   # tests/fuzz.py runs 100,000 of them, and times them
+
+
+# ------------------------------------------------------------------------------------------------------ golds and real texts
+@needs_data
+def test_every_gsm8k_solution_is_right_and_wrong_once_its_number_is_changed():
+    golds = [row for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl") for row in jsonl(SHARED / name)]
+    assert len(golds) == 8792
+    rng = random.Random(0)
+    for ex in golds:
+        reasoning, number = (part.strip() for part in ex["answer"].rsplit("####", 1))
+        value = Fraction(number.replace(",", ""))
+        wrong = rng.choice([str(value + 1), str(-value - 1), f"{number}0" if value else "10", f"{number}.5", str(value * 2 + 1), f"1{number}"])
+        for style in STYLES:
+            assert grade("gsm8k", style.format(r=reasoning, a=number), ex) == 1, number
+            assert grade("gsm8k", style.format(r=reasoning, a=wrong), ex) == 0, (number, wrong)
+        assert grade("gsm8k", ex["answer"], ex) == 1                                      # as it stands
+
+
+def changed(answer):
+    """The answer with its first digit, or else its last letter, replaced by another."""
+    at = [m.start() for m in re.finditer("[0-9]", answer)] or [m.start() for m in re.finditer("[A-Za-z](?![A-Za-z]*[{\\\\])", answer)]
+    i = at[0] if answer[at[0]].isdigit() else at[-1]
+    other = str((int(answer[i]) + 1) % 10) if answer[i].isdigit() else "Z" if answer[i] != "Z" else "Q"
+    return answer[:i] + other + answer[i + 1:]
+
+
+@needs_data
+def test_every_math_answer_is_right_and_wrong_once_changed():
+    golds = [row["gold"] for row in jsonl(SHARED / "llada_generations" / "math500_128.jsonl")]
+    for gold in golds:
+        ex = {"problem": "", "answer": gold}
+        for style in STYLES:
+            assert grade("math", style.format(r="so $x = 1$ and \\frac{1}{2}", a=gold), ex) == 1, gold
+            assert grade("math", style.format(r=gold, a=changed(gold)), ex) == 0, (gold, changed(gold))
+
+
+@needs_data
+def test_published_generations_grade_as_published():
+    """d1's own grader: GSM8K 783 of 1130, MATH-500 130 of 500, Countdown 53 of 256, Sudoku 240 of 2048 cells and 1 puzzle. Ours: what each
+    text says; where the two differ was looked at one by one."""
+    solved, cells = Counter(), 0.0
+    for task, name in FILES.items():
+        for row in jsonl(SHARED / "llada_generations" / f"{name}.jsonl"):
+            ex = TASKS[task].row(row)
+            result = grade(task, row["completion"], ex)
+            solved[task] += result == 1
+            cells += result * ex["puzzle"].count("0") if task == "sudoku" else 0
+    assert solved == {"gsm8k": 792, "math": 135, "countdown": 54, "sudoku": 1} and round(cells) == 241
+    assert abs(792 - 784) <= 11.3 and abs(135 - 130) <= 5 and abs(54 - 53) <= 2.56 and abs(241 - 240) <= 20.48
+
+
+# --------------------------------------------------------------------------------------------- math-verify and its time limit
+EQUAL = {"problem": "", "answer": "16\\sqrt{3}"}
+
+
+def verdicts(queue=None):
+    found = [grade("math", answer, EQUAL) for answer in ("\\sqrt{3}*16", "9^{9^{9^{9}}}", "16*\\sqrt{3}", "\\sqrt{3}*15")]
+    if queue is not None:
+        queue.put(found)
+    return found
+
+
+def test_the_time_limit_holds_in_threads_and_processes_alike():
+    clock, found = time.perf_counter(), []
+    threads = [threading.Thread(target=lambda: found.append(verdicts())) for _ in range(2)]
+    queue = multiprocessing.get_context("fork").Queue()
+    assert verdicts() == [1, 0, 1, 0]                                                     # the main thread; then, of a fork and of threads
+    children = [multiprocessing.get_context("fork").Process(target=verdicts, args=(queue,), daemon=True)]
+    rewards.math_equal.cache_clear()
+    for worker in (*children, *threads):
+        worker.start()
+    found.append(queue.get(timeout=60))
+    for worker in (*children, *threads):
+        worker.join(60)
+    assert found == [[1, 0, 1, 0]] * 3
+    assert time.perf_counter() - clock < 12 * (rewards.MATH_LIMIT + 5)
+
+
+def test_a_killed_math_process_is_started_again():
+    assert grade("math", "\\sqrt{3}*(20-4)", EQUAL) == 1
+    process = rewards._worker.process
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    grade("math", "\\sqrt{3}*(21-5)", EQUAL)                                            # lost with it
+    assert grade("math", "\\sqrt{3}*(22-6)", EQUAL) == 1 and rewards._worker.process is not process
+
+
+def test_a_missing_library_is_told_and_not_graded_as_wrong(monkeypatch):
+    monkeypatch.setattr(rewards, "_worker", rewards.MathWorker())
+    monkeypatch.setattr(rewards.sys, "executable", "/bin/false")
+    with pytest.raises(BadInput, match="math-verify"):
+        grade("math", "\\sqrt{3}*(23-7)", EQUAL)
+
+
+# ----------------------------------------------------------------------------------------------------- prompts, rewards, data
+@pytest.mark.parametrize("style", rewards.FORMATS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_states_the_problem_and_asks_for_what_is_graded(task, style):
+    message, begin = rewards.prompt_for(task, EXAMPLES[task], style)
+    assert TASKS[task].question(EXAMPLES[task]) in message and "\\boxed{" in message and "<answer>" in message
+    assert ("<think>" in message, begin) == (style == "agrpo", "<reasoning>" if style == "d1" else "")
+    assert rewards.prompt_for(task, EXAMPLES[task], style, "Do it.") == (f"Do it.\n\n{TASKS[task].question(EXAMPLES[task])}", begin)
+    tag = "think" if style == "agrpo" else "reasoning"
+    text = f"{'' if begin else f'<{tag}>'} so </{tag}><answer>\\boxed{{{RIGHT[task]}}}</answer>"
+    assert reward(task, text, EXAMPLES[task]) == 4                                        # what it asks for earns all
+
+
+def test_weights_are_read_by_name():
+    assert rewards.read_weights("gsm8k", "correct=1, think=0") == {"think": 0.0, "answer": 0.5, "correct": 1.0}
+    text = "</think><answer>72</answer>"
+    assert reward_parts("gsm8k", text, EXAMPLES["gsm8k"], {"think": 0, "answer": 2, "correct": 1}) == {"think": 0, "answer": 2, "correct": 1}
+    for bad in ("right=1", "correct", "correct=x", "correct=nan", "=", "correct=1e9"):
+        with pytest.raises(BadInput, match="--reward-weights"):
+            rewards.read_weights("gsm8k", bad)
+
+
+def test_published_data_sets_load_through_the_datasets_library(tmp_path, monkeypatch):
+    """The real loading code on data sets of the published layout that lie in a folder; MATH trains on nothing that is tested."""
+    import datasets
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    problems = [{"problem": f"What is {i} plus  {i}?", "answer": str(2 * i), "level": 1} for i in range(9)]
+    for name, rows in (("m500/test", problems[:3]), ("math/train", [*problems, {**problems[0], "problem": "What is 0 plus 0?"}])):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setitem(TASKS["math"].hub, "train", (str(tmp_path / "math"), None, "train"))
+    monkeypatch.setitem(TASKS["math"].hub, "test", (str(tmp_path / "m500"), None, "test"))
+    train, test = rewards.load_split("math", 0, 2, 0)
+    assert [ex["answer"] for ex in test] == ["0", "2"] and [ex["answer"] for ex in train] == ["6", "8", "10", "12", "14", "16"]
+    monkeypatch.setitem(TASKS["math"].hub, "test", ("nobody/none", None, "test"))
+    with pytest.raises(BadInput, match="--data FILE, lines of JSON with problem and answer"):
+        rewards.load_examples("math", 5, 0, "test")
+
+
+@needs_data
+def test_a_second_file_is_held_out():
+    train, test = rewards.load_split("gsm8k", 0, 100, 0, str(SHARED / "gsm8k_train.jsonl"), str(SHARED / "gsm8k_test.jsonl"))
+    assert len(train) == 7473 and len(test) == 100 and test[0]["question"].startswith("Janet")
+    train, test = rewards.load_split("gsm8k", 0, 9999, 0, str(SHARED / "gsm8k_test.jsonl"))
+    assert len(train) + len(test) == 1319 and not {ex["question"] for ex in train} & {ex["question"] for ex in test}
+
+
+# ------------------------------------------------------------------------------------------------------ Sudoku and Countdown
 def test_sudoku_by_cells_clues_and_any_valid_grid():
     ex = EXAMPLES["sudoku"]
     assert grade("sudoku", "3142243142131323", ex) == 7 / 8                           # one of eight empty cells wrong
@@ -96,27 +305,18 @@ def test_generated_puzzles_have_one_solution():
         assert [g for g in grids if all(p in ("0", c) for p, c in zip(ex["puzzle"], g))] == [ex["solution"]]
 
 
-def test_every_enumerated_expression_parses_to_its_value():
-    for nums in ([3], [3, 4], [1, 5, 2], [7, 1, 5, 9]):
-        for text, value in rewards.expressions(nums):
-            assert rewards.evaluate_expression(text) == (value, nums), text
-    assert ("(3+4)*2", Fraction(14)) in rewards.expressions([3, 4, 2])
+def test_solutions_of_countdown_solve_it():
+    for nums, target in (([3, 4, 2], 14), ([7, 1, 5, 9], 31), ([6, 3, 2], 4), ([8, 3], 24), ([5], 5), ([1, 5, 5, 5], 24)):
+        assert grade("countdown", rewards.countdown_solve(nums, target), {"nums": nums, "target": target}) == 1
+    assert rewards.countdown_solve([0, 0], 3) is None
+
+
+@needs_data
+def test_real_files_load_and_their_solutions_are_right():
+    for task, name, n in (("sudoku", "sudoku4x4_test.csv", 500), ("countdown", "countdown3_test.jsonl", 256), ("gsm8k", "gsm8k_test.jsonl", 1319)):
+        data = rewards.load_examples(task, 0, 0, "test", str(SHARED / name))
+        assert len(data) == n and sum(grade(task, TASKS[task].gold(ex) or "", ex) for ex in data) == n
 
 
 def test_an_answer_cannot_close_the_box_it_is_put_in():
     assert grade("math", "<answer>3} \\boxed{\\frac{1}{2}} \\boxed{3</answer>", {"problem": "", "answer": "3"}) == 0
-
-
-def test_gsm8k_numbers():
-    for text, right in (("$1,234.50", True), ("1234.5 dollars", True), ("12,34.5", False), ("-1234.5", False)):
-        assert (grade("gsm8k", text, {"question": "", "answer": "#### 1,234.5"}) == 1) == right
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data files beside the project")
-def test_real_files_load_and_real_completions_grade():
-    for task, name, n in (("sudoku", "sudoku4x4_test.csv", 500), ("countdown", "countdown3_test.jsonl", 256), ("gsm8k", "gsm8k_test.jsonl", 1319)):
-        data = rewards.load_examples(task, 0, 0, "test", str(SHARED / name))
-        assert len(data) == n and sum(grade(task, TASKS[task].gold(ex) or "", ex) for ex in data) == n
-    rows = [json.loads(line) for line in (SHARED / "llada_generations" / "countdown_128.jsonl").read_text().splitlines()]
-    solved = sum(grade("countdown", r["completion"], {"nums": r["gold"][0], "target": r["gold"][1]}) for r in rows)
-    assert abs(solved - 53) <= 2.56                                                   # the published grader's count, within a point

@@ -51,7 +51,7 @@ class Watched(torch.optim.SGD):
 @pytest.fixture
 def varied_reward(monkeypatch):
     """An untrained model solves nothing: reward something that varies, so that there is a gradient."""
-    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex: {"correct": float(sum(map(ord, text)) % 7)})
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)})
 
 
 @pytest.mark.parametrize("unmasking", ["confidence", "low_confidence", "plackett_luce"])
@@ -84,18 +84,18 @@ def test_a_padded_row_scores_and_samples_as_it_does_alone():
     policy, tokenizer = tiny()
     cfg = dataclasses.replace(CFG, completion_length=12, block_length=4, steps=6)
     texts = ["7", "1,2,3=9", "10,11,12=99"]
-    prompt, mask = agrpo.encode_prompts(tokenizer, texts)
+    prompt, mask = agrpo.encode_prompts(tokenizer, [(t, "") for t in texts])
     assert (mask == 0).any(1).tolist() == [True, True, False] and (mask[:, -1] == 1).all()         # left padded
     together = agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(3)])
     for i, text in enumerate(texts):
-        alone = agrpo.rollout(policy, *agrpo.encode_prompts(tokenizer, [text]), cfg, [(i,)])
+        alone = agrpo.rollout(policy, *agrpo.encode_prompts(tokenizer, [(text, "")]), cfg, [(i,)])
         assert torch.equal(alone.tokens[0], together.tokens[i]) and torch.equal(alone.reveal_step[0], together.reveal_step[i])
         assert torch.allclose(alone.logp[0], together.logp[i], atol=1e-5)                           # rotary angles are float32
 
 
 def test_the_denoiser_sees_both_sides():
     policy, tokenizer = tiny()
-    prompt, mask = agrpo.encode_prompts(tokenizer, ["12"])
+    prompt, mask = agrpo.encode_prompts(tokenizer, [("12", "")])
     state, where = torch.full((1, 8), 30), torch.zeros(1, 8, dtype=torch.bool)
     where[0, 0] = True
     before = policy.logits(prompt, mask, state, where)
@@ -142,7 +142,7 @@ def test_every_step_draws_anew(varied_reward):
 def test_zero_advantage_groups_cost_no_pass_and_change_no_gradient(monkeypatch, timesteps):
     policy, tokenizer = tiny()
     cfg = dataclasses.replace(CFG, timesteps=timesteps)
-    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex: {"correct": 1.0})
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": 1.0})
     optimizer = Watched(policy.model.parameters(), lr=1.0)
     row = agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, cfg)
     assert row["passes"] == 0 and row["ratio"] == 1 and row["grad_norm"] == 0 and optimizer.grads == []
@@ -183,7 +183,7 @@ def sum_logp(policy, traj, cfg):
 def test_sft_loss_is_equation_8():
     """Against the definition, position by position, and its mean over t against the exact expectation at t integrated out."""
     policy, tokenizer = tiny()
-    prompt, mask = agrpo.encode_prompts(tokenizer, ["12", "34"])
+    prompt, mask = agrpo.encode_prompts(tokenizer, [("12", ""), ("34", "")])
     tokens = torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33]])
     got = agrpo.sft_loss(policy, prompt, mask, tokens, agrpo.generator("x"))
     g, total = agrpo.generator("x"), 0.0
@@ -242,10 +242,27 @@ def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, q
     saved = weights_of("x")["model"]
     assert all(torch.equal(v, saved[k]) for k, v in policy.model.state_dict().items())
     capsys.readouterr()
-    assert run_folder.main(["--model", "runs/x", "--task", "sudoku", "--limit", "8", "--steps", "4,2", "--out", "e.json", "--device", "cpu"]) == 0
+    assert run_folder.main(["--model", "runs/x", "--task", "sudoku", "--limit", "8", "--steps", "4,2", "--out", "e.jsonl", "--device", "cpu"]) == 0
     result = json.loads(Path("e.json").read_text())["results"]
     assert result[0]["solved"] == summary["by_steps"][0]["trained"] and result[0]["nfe"] == 4.0 and Path("e.png").is_file()
     assert "NFE" in capsys.readouterr().out
+
+
+def test_prompt_weights_and_overlong_penalty_reach_the_rewards_and_the_evaluation(here, quick):
+    assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
+    Path("sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
+    shape = ["--task", "gsm8k", "--model", "runs/m/model", "--data", "sums.jsonl", "--completion-length", "16", "--block-length", "16", "--steps", "4"]
+    assert agrpo.main([*quick, *shape, "--name", "x", "--max-steps", "1", "--prompt", "d1", "--system-prompt", "Add.", "--reward-weights", "correct=5,answer=0",
+                       "--overlong-penalty", "0.5", "--overlong-from", "0"]) == 0
+    row = rows_of("x")[0]
+    parts = {k: float(row[k]) for k in row if k.startswith("reward_")}
+    assert set(parts) == {"reward_think", "reward_answer", "reward_correct", "reward_overlong"} and -0.5 <= parts["reward_overlong"] <= 0
+    assert float(row["reward"]) == pytest.approx(sum(parts.values())) and parts["reward_answer"] == 0
+    assert "Add.\n\n" in Path("runs/x/samples.txt").read_text()                           # what the model was really asked
+    for flags, style in (([], "d1"), (["--prompt", "bare"], "bare")):                       # the evaluation asks as the training did
+        assert run_folder.main(["--model", "runs/x", "--data", "sums.jsonl", "--steps", "4", "--out", f"{style}.jsonl", *flags]) == 0
+        settings = json.loads(Path(f"{style}.json").read_text())["settings"]
+        assert (settings["prompt"], settings["system_prompt"], settings["task"]) == (style, "" if flags else "Add.", "gsm8k")
 
 
 def test_stop_signals_leave_a_checkpoint_and_resume(here, quick):
@@ -360,7 +377,8 @@ def test_a_prompt_longer_than_the_context_is_refused(here, quick, capsys):
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
     capsys.readouterr()
     Path("long.jsonl").write_text("".join(json.dumps({"question": "x" * 300 + str(i), "answer": "#### 1"}) + "\n" for i in range(40)))
-    assert agrpo.main([*quick, "--task", "gsm8k", "--model", "runs/m/model", "--data", "long.jsonl"]) == 2
+    assert agrpo.main([*quick, "--task", "gsm8k", "--model", "runs/m/model", "--data", "long.jsonl", "--completion-length", "16", "--block-length", "16",
+                       "--steps", "4"]) == 2
     assert "context" in capsys.readouterr().err and not Path("runs/gsm8k-agrpo-seed0").exists()
 
 
@@ -416,7 +434,7 @@ def test_broken_files_of_a_run_are_one_line(here, quick, capsys):
         capsys.readouterr()
         assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 2 and capsys.readouterr().err.count("\n") == 1
         Path("runs/x/model", name).write_bytes(whole)
-    assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4", "--out", "no/x.json"]) == 2
+    assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4", "--out", "x.json"]) == 2
     assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 0
 
 
@@ -432,7 +450,7 @@ def test_weights_that_are_not_finite_stop_the_run(timesteps):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(monkeypatch):
     policy, tokenizer = tiny()
-    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex: {"correct": float("nan")})
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float("nan")})
     before = policy.model.model.embed_tokens.weight.clone()
     with pytest.raises(FloatingPointError):
         agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.1), examples(), 0, CFG)

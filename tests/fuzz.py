@@ -1,0 +1,92 @@
+"""Grades random and mutated completions against golds that none of them can hit: never an exception, never a full score, never slow.
+Run: python tests/fuzz.py [strings per task, default 100000] [task ...]; prints a table. The suite runs the same with few strings."""
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import rewards
+
+GENERATIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "llada_generations"
+FILES = {"gsm8k": "gsm8k_128", "math": "math500_128", "countdown": "countdown_128", "sudoku": "sudoku_128"}
+IMPOSSIBLE = {                         # no completion is right
+    "gsm8k": [{"question": "", "answer": "#### 918273645.1928"}],
+    "math": [{"problem": "", "answer": answer} for answer in ("\\frac{918273}{645281}", "\\sqrt{918273}", "(918273, 645281)")],
+    "countdown": [{"nums": [3, 3], "target": 1009}], "sudoku": [{"puzzle": "1100000000000000", "solution": "1234341221434321"}],
+}
+PIECES = ["<answer>", "</answer>", "<think>", "</think>", "<reasoning>", "</reasoning>", "\\boxed{", "\\boxed", "\\fbox{", "}", "{", "}}}", "\\{", "(", ")",
+          "((((", "))))", "[", "]", "=", "+", "-", "−", "*", "**", "/", "//", "^", "_", "!", "!!", ",", ".", ":", "%", "$", "\\$", "\\frac{1}{0}", "\\frac12",
+          "\\frac{", "\\sqrt{", "\\text{", "\\left(", "\\right)", "\\times", "\\div", "\\cdot", "\\,", "{,}", "0", "1", "3", "1/0", "1e999", "9**9**9",
+          "9^{9^{9^9}}", "1,000", "0,72", ".5", "00", "١٢٣", "１２３", "½", "\x00", "\ud800", "\udfff", "\u202e", "é", "\n", "\r", "\t", " ", "exit()",
+          "__import__('os')", "nan", "inf", "<|eot_id|>", "<|endoftext|>", "</s>", "1234123412341234", "#### 3", "\\pi", "x", "\\infty", "\\begin{pmatrix}",
+          "\\\\", "&", "\\end{pmatrix}", "\\boxed{...}", "...", "3 3", "3+3", "3*3=9"]
+
+
+def texts_of(task: str) -> list[str]:
+    """Real completions where the data are there, else some made up."""
+    path = GENERATIONS / f"{FILES[task]}.jsonl"
+    if not path.is_file():
+        return [f"<think>{p}</think><answer>\\boxed{{{q}}}</answer>" for p in PIECES[::3] for q in PIECES[::5]]
+    return [json.loads(line)["completion"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def mutate(text: str, rng: random.Random) -> str:
+    """A few edits: pieces put in, slices cut out, doubled, moved or repeated, characters replaced; now and then a megabyte."""
+    text = text.replace("<|endoftext|>", "") if rng.random() < 0.7 else text
+    for _ in range(rng.randint(1, 6)):
+        i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        kind = rng.random()
+        if kind < 0.5:
+            text = text[:i] + rng.choice(PIECES) * rng.choice((1, 1, 1, 2, 30)) + text[i:]
+        elif kind < 0.65:
+            text = text[:i] + text[min(j, i + 20):]
+        elif kind < 0.75:
+            text = text[:j] + text[i:j] + text[j:]
+        elif kind < 0.85:
+            text = text[:i] + chr(rng.choice((rng.randrange(128), rng.randrange(0x10000)))) + text[i + 1:]
+        elif kind < 0.99:
+            text = text[:i] + "".join(rng.choices(PIECES, k=rng.randint(1, 12))) + text[i:]
+        else:
+            text += (rng.choice(PIECES) + rng.choice(("", "", "3"))) * (10**6 // 8)
+    return text if rng.random() < 0.999 else rng.choice(PIECES) * rng.choice((1, 200, 2000, 10**6))
+
+
+def fuzz(task: str, n: int, seed: int = 0) -> tuple[float, int]:
+    """Worst seconds for one completion, time in math-verify's process apart, and how many were put to it. Raises AssertionError."""
+    rng, real, row = random.Random(seed), texts_of(task), rewards.TASKS[task]
+    outside, ask = [0.0, 0], rewards._worker.equal
+
+    def timed(gold, answer):
+        clock = time.perf_counter()
+        try:
+            return ask(gold, answer)
+        finally:
+            outside[:] = outside[0] + time.perf_counter() - clock, outside[1] + 1
+    rewards._worker.equal, worst = timed, 0.0
+    try:
+        for _ in range(n):
+            text, example = mutate(rng.choice(real), rng), rng.choice(IMPOSSIBLE[task])
+            before, clock = outside[0], time.perf_counter()
+            grade, parts = rewards.grade(task, text, example), rewards.reward_parts(task, text, example)
+            answer, beside = row.answer(text), row.beside[1](text, example) if row.beside else 0
+            worst = max(worst, time.perf_counter() - clock - (outside[0] - before))
+            assert 0 <= grade < 1 and 0 <= beside < 1 and 0 <= sum(parts.values()) < 4 and all(v >= 0 for v in parts.values()), (task, text[:2000])
+            assert hash(answer) is not None
+    finally:
+        rewards._worker.equal = ask
+    return worst, outside[1]
+
+
+def main():
+    n = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    print("task       strings  worst, ms  put to math-verify  seconds")
+    for task in sys.argv[2:] or FILES:
+        clock = time.perf_counter()
+        worst, asked = fuzz(task, n)
+        print(f"{task:9}  {n:7}  {1000 * worst:9.1f}  {asked:18}  {time.perf_counter() - clock:7.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
