@@ -58,7 +58,7 @@ class Config:
     """One line per knob; the command line is made from it (max_steps -> --max-steps). CHOICES lists what words a knob takes."""
     task: str = "sudoku"               # what to learn
     model: str = "tiny"                # "tiny", or a directory with a checkpoint
-    data: str = ""                     # a file to train on instead of generated or published examples
+    data: str = ""                     # a file of examples instead of generated or published ones
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
     prompt: str = ""                   # how a task is put; default: as the checkpoint was trained here, tiny: bare, others: agrpo
     system_prompt: str = ""            # instructions in place of the prompt's own

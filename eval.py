@@ -8,8 +8,10 @@ Every completion is written to a file as soon as it is graded; the same command 
 agrpo.py calls `evaluate` before and after training, so both use the sampler, prompt and grader of training.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
@@ -83,7 +85,7 @@ def evaluate(generate, task: str, examples: list, batch: int = 256, samples: int
 
 def summary(task: str, rows: list[dict]) -> dict:
     """solved (share of grade 1) with ci95, n (completions), grade (mean), beside (mean of the task's second grade), nfe (denoiser calls
-    per completion), tokens_per_nfe (tokens before the end, per call), seconds, completions; of several samples (k) also
+    per completion), tokens_per_nfe (tokens before the end, per call), seconds, completions and grades; of several samples (k) also
     pass_at_k (an example counts if any is right) and majority (if the most frequent answer is), with their ci95."""
     groups = {}
     for row in rows:
@@ -93,7 +95,7 @@ def summary(task: str, rows: list[dict]) -> dict:
     solved = sum(r["grade"] == 1 for r in rows)
     result = {"solved": solved / n, "n": n, "ci95": wilson(solved, n) if k == 1 else bootstrap(shares),
               "grade": sum(r["grade"] for r in rows) / n, "nfe": calls / n, "tokens_per_nfe": sum(r["tokens"] for r in rows) / max(1, calls),
-              "seconds": sum(r["seconds"] for r in rows), "completions": [r["completion"] for r in rows]}
+              "seconds": sum(r["seconds"] for r in rows), "completions": [r["completion"] for r in rows], "grades": [r["grade"] for r in rows]}
     if TASKS[task].beside:
         result["beside"] = sum(r[TASKS[task].beside[0]] for r in rows) / n
     if k > 1:
@@ -236,6 +238,7 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
 
 # -------------------------------------------------------------------------------------------------------------- figures
 COLOUR = {"base": "#777777", "trained": "#0b62a4", "sampled": "#d9822b"}
+OTHERS = ["#0b62a4", "#d9822b", "#4c8c4a", "#7b5aa6", "#a03050"]                     # for lines without a meaning of their own
 
 
 def figure(path: Path, title: str, xlabel: str, ylabel: str, draw, size=(7, 4)):
@@ -285,15 +288,15 @@ def plot_curves(path: Path, runs: list[tuple], task: str):
 def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % interval"):
     """Solved share against denoiser calls per completion: {name: [result, ...]}, one line each with its band."""
     def draw(axis):
-        for name, results in curves.items():
+        for place, (name, results) in enumerate(curves.items()):
             results = sorted(results, key=lambda r: r["nfe"])
             x, y = [r["nfe"] for r in results], [100 * r["solved"] for r in results]
-            colour = COLOUR.get(name, COLOUR["trained"])
+            colour = COLOUR.get(name, OTHERS[place % len(OTHERS)])
             axis.fill_between(x, *zip(*[[100 * c for c in r["ci95"]] for r in results]), color=colour, alpha=0.15, lw=0)
             axis.plot(x, y, color=colour, marker="o", lw=2)
             label_end(axis, x[-1], y[-1], name, colour)
         axis.margins(x=0.12)
-        axis.set_ylim(0)
+        axis.set_ylim(-0.02 * axis.get_ylim()[1])                                    # a line at 0 stays visible
     figure(path, f"How many {task} answers are solved per denoiser call?", f"NFE: denoiser calls per completion ({band})",
            "solved, %", draw)
 
@@ -309,6 +312,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser, settings, choices: dict, only=None):
     """Every field of a dataclass (or those of `only`) as a flag, its meaning the comment behind it: max_steps -> --max-steps."""
     meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(type(settings)), re.MULTILINE))
+    meaning = {k: re.sub(r" \[paper: .*\]", "", v) for k, v in meaning.items()} if only else meaning      # the paper's are for training
     for field in dataclasses.fields(settings):
         if only is None or field.name in only:
             words = f" ({', '.join(filter(None, choices[field.name]))})" if field.name in choices else ""
@@ -365,72 +369,118 @@ def peak_memory_mb() -> int:
 
 
 # ----------------------------------------------------------------------------------------------- a file of graded completions
+KEPT = {"length": int, "steps": int, "index": int, "sample": int, "nfe": int, "tokens": int, "completion": str, "grade": (int, float),
+        "seconds": (int, float), "example": dict}                                    # of every completion
+
+
 def read_completions(path: Path) -> tuple[dict, list[dict]]:
-    """Settings (the first line, {} if it is not ours) and rows of a .jsonl file; a last line cut off by a kill is left out. Raises BadInput."""
+    """Settings (the first line, {} if it is not ours) and rows of a .jsonl file, without a last line cut off by a kill. Raises BadInput."""
     rows, number = [], 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            if number < len(lines) or line.endswith(("\n", "}")):
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise ValueError("not an object")
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate([*lines, last] if is_object(last) else lines, start=1):
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path}: {error}" if isinstance(error, OSError) else f"{path}:{number}: {first_line(error)}") from None
     settings = rows[0].get("settings") if rows else None
-    return (settings, rows[1:]) if isinstance(settings, dict) else ({}, rows)
+    if not isinstance(settings, dict):
+        return {}, rows
+    for number, row in enumerate(rows[1:], start=2):
+        if not all(isinstance(row.get(name), kind) for name, kind in KEPT.items()):
+            raise BadInput(f"{path}:{number}: not a graded completion of this program")
+    return settings, rows[1:]
+
+
+def is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def write_completions(path: Path, settings: dict, rows: list[dict]):
     write_atomically(path, lambda f: f.writelines((json.dumps(row) + "\n").encode() for row in [{"settings": settings}, *rows]))
 
 
+HEADER = '{"settings": '
+
+
 def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
-    """The rows already in the file, which afterwards holds these and the settings. Raises BadInput if it was made otherwise."""
-    if path.exists() and (path.stat().st_size or not path.is_file()):
-        known, rows = read_completions(path)
-        other = [k for k in settings if known.get(k) != settings[k]]
-        if not known or other and not overwrite:
-            raise BadInput(f"{path} holds completions made with another {', '.join(other)}: --overwrite replaces them, --out FILE.jsonl "
-                           "goes elsewhere" if known else f"{path} exists and holds no completions of this program: --out FILE.jsonl goes elsewhere")
-        rows = [] if overwrite else rows
-    else:
-        rows = []
+    """The rows of a file that was made with these settings, none of a new one. Raises BadInput if it was made with others (unless they may be
+    overwritten), is no file of ours (never overwritten), or cannot be written."""
+    try:
+        place = next(p for p in (path, *path.parents) if p.exists())
+        start = path.read_bytes()[:1000] if place == path else b""
+    except (OSError, ValueError):                                                    # a folder, a name too long
+        place = None
+    if not place or path.suffix != ".jsonl" or not os.access(place, os.W_OK) or place != path and not place.is_dir():
+        raise BadInput(f"--out {str(path)[:200]}: must be a .jsonl file in a folder that can be written to")
+    if b"\n" not in start and HEADER.encode().startswith(start[:len(HEADER)]):       # new, empty, or killed at its first line
+        return []
+    known, rows = read_completions(path)
+    other = [k for k in settings if known.get(k) != settings[k]]
+    if not known:
+        raise BadInput(f"{path} exists and holds no completions of this program: --out FILE.jsonl goes elsewhere")
+    if other and not overwrite:
+        raise BadInput(f"{path} holds completions made with another {', '.join(other)}: --overwrite replaces them, --out FILE.jsonl goes elsewhere")
+    return [] if overwrite else rows
+
+
+@contextlib.contextmanager
+def locked_completions(path: Path, settings: dict, overwrite: bool):
+    """The rows of `open_completions` and the file to append to, its last line whole, for one process at a time. Raises BadInput."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_completions(path, settings, rows)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error}") from None
-    return rows
+        f = open(path, "a", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot write {str(path)[:200]}: {error.strerror if isinstance(error, OSError) else error}") from None
+    with f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)                            # let go when the process ends, however
+        except OSError:
+            raise BadInput(f"another evaluation is writing {path}") from None
+        rows, raw = open_completions(path, settings, overwrite), path.read_bytes()
+        if not rows:
+            f.truncate(0)
+            f.write(json.dumps({"settings": settings}) + "\n")
+        elif not raw.endswith(b"\n"):
+            whole = raw.rfind(b"\n") + 1
+            f.write("\n") if is_object(raw[whole:].decode(errors="replace")) else f.truncate(whole)
+        f.flush()
+        yield rows, f
 
 
-def regrade(path: Path, task: str, out: str) -> int:
+def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     """Grade the completions of a file again, ours or {question, completion, gold} as d1 publishes them; print what changed."""
     settings, rows = read_completions(path)
-    task, graded = task or str(settings.get("task")), []
-    if task not in TASKS:
-        raise BadInput(f"--regrade {path}: give --task ({', '.join(TASKS)})")
+    task, groups, beside = task or str(settings.get("task")), {}, None
+    if task not in TASKS or not rows:
+        raise BadInput(f"--regrade {path}: no completions in it" if not rows else f"--regrade {path}: give --task ({', '.join(TASKS)})")
+    if out:
+        open_completions(Path(out), {}, overwrite)
+        if Path(out).exists() and not overwrite:
+            raise BadInput(f"--out {out} exists: --overwrite replaces it")
     for number, row in enumerate(rows, start=1 + bool(settings)):
         try:
             example = row["example"] if settings else TASKS[task].row(row)
-            graded.append({"index": number - 1, **row, **grade_row(task, row["completion"], example), "example": example})
+            new = {"index": number - 1, **row, **grade_row(task, row["completion"], example), "example": example}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"{path}:{number}: not a {task} completion with its example: {type(error).__name__} {error}") from None
-    groups = {}
-    for was, row in zip(rows, graded):
-        groups.setdefault((row.get("length", ""), row.get("steps", "")), []).append((was.get("grade"), row))
+        was = row.get("grade") if isinstance(row.get("grade"), (int, float)) else None
+        groups.setdefault((str(row.get("length", "")), str(row.get("steps", ""))), []).append((was, new))
     lines, beside = [], TASKS[task].beside
-    for (length, steps), pairs in sorted(groups.items(), key=str):
-        n, solved = len(pairs), sum(row["grade"] == 1 for _, row in pairs)
-        before = [was for was, _ in pairs if was is not None]
-        lines.append([length, steps, n, f"{sum(was == 1 for was in before)} of {len(before)}", solved,
+    for shape, pairs in groups.items():
+        n, solved, before = len(pairs), sum(row["grade"] == 1 for _, row in pairs), [was for was, _ in pairs if was is not None]
+        lines.append([*shape, n, f"{sum(was == 1 for was in before)} of {len(before)}", solved,
                       percent({"solved": solved / n, "ci95": wilson(solved, n)}), sum(was is not None and was != row["grade"] for was, row in pairs),
                       *([f"{100 * sum(row[beside[0]] for _, row in pairs) / n:.1f} %"] if beside else [])])
     print(table(["length", "steps", "n", "solved before", "solved", "share (95 % interval)", "changed", *([beside[0]] if beside else [])], lines))
     for was, row in [(w, r) for pairs in groups.values() for w, r in pairs if w is not None and w != r["grade"]][:20]:
         print(f"  example {row['index']}: {was:g} -> {row['grade']:g}, answer read: {str(row['answer'])[:80]!r}")
     if out:
-        write_completions(Path(out), {**settings, "task": task}, graded)
+        write_completions(Path(out), {**settings, "task": task}, [row for pairs in groups.values() for _, row in pairs])
         print(f"graded again: {out}")
     return 0
 
@@ -471,8 +521,6 @@ def settings_of(args) -> tuple:
         raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000")
     if args.samples > 1 and cfg.temperature == 0 and cfg.unmasking != "random":
         raise BadInput(f"--samples {args.samples} of a greedy sampler are all the same: give a --temperature")
-    if args.out and (not args.out.endswith(".jsonl") or Path(args.out).is_dir()):
-        raise BadInput(f"--out {args.out}: must be a .jsonl file")
     cfg, shapes = agrpo.with_prompt(cfg), []
     for length in numbers(args.lengths, "--lengths") if args.lengths else [cfg.completion_length]:
         for steps in numbers(args.steps or cfg.eval_steps, "--steps"):
@@ -485,48 +533,56 @@ def run(args) -> int:
     """Complete, grade, save, print: everything that `python eval.py` does with a model."""
     import agrpo
     cfg, shapes = settings_of(args)
+    settings, results = {k: getattr(cfg, k) for k in SAMPLING}, []
+    if args.out:                                                                     # before a model is opened or trained
+        open_completions(Path(args.out), settings, args.overwrite)
     examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)
     policy, tokenizer = agrpo.open_model(cfg, examples)
     agrpo.check_context(policy, tokenizer, dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
+    settings |= {"weights": fingerprint(policy.model)}
     name = Path(cfg.model).parent.name if Path(cfg.model).name == "model" else Path(cfg.model).name
-    settings = {**{k: getattr(cfg, k) for k in SAMPLING}, "weights": fingerprint(policy.model)}
-    hashed = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    out = Path(args.out or f"runs/eval-{cfg.task}-{name}-{hashed}.jsonl")
-    stored = open_completions(out, settings, args.overwrite)
-    results, rows, beside = [], [], TASKS[cfg.task].beside
-    for length, steps in shapes:
-        at = dataclasses.replace(cfg, completion_length=length, steps=steps)
-        done = {(r["index"], r["sample"]): r for r in stored if (r["length"], r["steps"]) == (length, steps)}
-        if any(r["index"] < len(examples) and r["example"] != examples[r["index"]] for r in done.values()):
+    out = Path(args.out or f"runs/eval-{cfg.task}-{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.jsonl")
+    with locked_completions(out, settings, args.overwrite) as (stored, f):
+        if any(row["index"] < len(examples) and row["example"] != examples[row["index"]] for row in stored):
             raise BadInput(f"{out} holds completions of other examples: --overwrite replaces them, --out FILE.jsonl goes elsewhere")
+        for length, steps in shapes:
+            at, shape = dataclasses.replace(cfg, completion_length=length, steps=steps), {"length": length, "steps": steps}
 
-        def save(new, of, length=length, steps=steps):
-            with open(out, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps({"length": length, "steps": steps, **row, "example": ex}) + "\n" for row, ex in zip(new, of))
+            def generate(exs, keys, at=at):
+                return agrpo.generate(policy, tokenizer, at, exs, [("eval", cfg.seed, *key) for key in keys])
 
-        def generate(exs, keys, at=at):
-            return agrpo.generate(policy, tokenizer, at, exs, [("eval", cfg.seed, *key) for key in keys])
-        result = evaluate(generate, cfg.task, examples, args.batch, args.samples, done, save)
-        per_example = [ex for ex in examples for _ in range(args.samples)]
-        held = [TASKS[cfg.task].grade(c, ex) == 1 for c, ex in zip(result["completions"], per_example) if held_out(cfg.task, ex)] \
-            if cfg.data and TASKS[cfg.task].generate else []
-        results.append({"length": length, "steps": steps, **{k: v for k, v in result.items() if k != "completions"},
-                        "held_out": {"solved": sum(held) / max(1, len(held)), "n": len(held)}})
-        rows.append({"length": length, "steps": steps, "NFE": f"{result['nfe']:.1f}", "tokens/NFE": f"{result['tokens_per_nfe']:.2f}",
-                     "solved (95 % interval)": percent(result), "n": result["n"],
-                     **({f"pass@{result['k']}": percent(result["pass_at_k"]), "majority": percent(result["majority"])} if args.samples > 1 else {}),
-                     **({beside[0]: f"{100 * result['beside']:.1f} %"} if beside else {}),
-                     **({"solved, class never trained on": f"{100 * sum(held) / len(held):.1f} % of {len(held)}"} if held else {}),
-                     "seconds": f"{result['seconds']:.1f}"})
+            def save(rows, exs, shape=shape):
+                f.writelines(json.dumps({**shape, **row, "example": ex}) + "\n" for row, ex in zip(rows, exs))
+                f.flush()
+            done = {(row["index"], row["sample"]): row for row in stored if shape.items() <= row.items()}
+            results.append({**shape, **evaluate(generate, cfg.task, examples, args.batch, args.samples, done, save)})
+            if cfg.data and TASKS[cfg.task].generate:                                # a file's puzzles may have been made for training too
+                held = [place for place, ex in enumerate(examples) if held_out(cfg.task, ex)]
+                shares = [[g == 1 for g in results[-1]["grades"][i * args.samples:(i + 1) * args.samples]] for i in held]
+                results[-1]["held_out"] = {"solved": sum(map(sum, shares)) / max(1, len(held) * args.samples), "n": len(held)}
+    report_evaluation(cfg.task, name, settings, results, out)
+    return 0
+
+
+def report_evaluation(task: str, name: str, settings: dict, results: list[dict], out: Path):
+    """The table on the screen; beside the completions the results (.json) and, of several, the frontier (.png)."""
+    rows, beside = [], TASKS[task].beside
+    for r in results:
+        rows.append({"length": r["length"], "steps": r["steps"], "NFE": f"{r['nfe']:.1f}", "tokens/NFE": f"{r['tokens_per_nfe']:.2f}",
+                     "solved (95 % interval)": percent(r), "n": r["n"],
+                     **({f"pass@{r['k']}": percent(r["pass_at_k"]), "majority": percent(r["majority"])} if "k" in r else {}),
+                     **({beside[0]: f"{100 * r['beside']:.1f} %"} if beside else {}),
+                     **({"solved, class never trained on": f"{100 * r['held_out']['solved']:.1f} % of {r['held_out']['n']}"} if "held_out" in r else {}),
+                     "seconds": f"{r['seconds']:.1f}"})
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
-    write_json(out.with_suffix(".json"), {"settings": settings, "results": results})
+    write_json(out.with_suffix(".json"), {"settings": settings, "results": [
+        {k: v for k, v in r.items() if k not in ("completions", "grades")} for r in results]})
     print(f"every completion with its grade: {out}", end="\n" if len(results) == 1 else "; ")
     if len(results) > 1:
-        many = len({length for length, _ in shapes}) > 1
-        curves = {f"{name}, {length} tokens" if many else name: [r for r in results if r["length"] == length] for length, _ in shapes}
-        plot_frontier(out.with_suffix(".png"), curves, cfg.task)
+        lengths = list(dict.fromkeys(r["length"] for r in results))
+        curves = {f"{name}, {length} tokens" if len(lengths) > 1 else name: [r for r in results if r["length"] == length] for length in lengths}
+        plot_frontier(out.with_suffix(".png"), curves, task)
         print(f"frontier: {out.with_suffix('.png')}")
-    return 0
 
 
 def main(argv=None) -> int:
@@ -546,7 +602,7 @@ def main(argv=None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace completions in --out that were made otherwise")
     try:
         args = parser.parse_args(argv)
-        return regrade(Path(args.regrade), getattr(args, "task", ""), args.out) if args.regrade else run(args)
+        return regrade(Path(args.regrade), getattr(args, "task", ""), args.out, args.overwrite) if args.regrade else run(args)
     except BadInput as error:
         print(f"eval: {error}", file=sys.stderr)
         return 2

@@ -12,9 +12,11 @@ import csv
 import hashlib
 import itertools
 import json
+import operator
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -81,16 +83,16 @@ def find_answer(completion: str) -> tuple[str, bool]:
 # ---------------------------------------------------------------------------------------------------------- 4x4 Sudoku
 def sudoku_cells(completion: str) -> tuple[str, bool]:
     """The digits a completion gives for the grid, row by row, and whether they are 16: the answer's digits if so, else its last
-    run of 16, else, of a marked answer, what it has (cells it lacks stay empty, a surplus is cut, and it is never solved).
+    run of 16, else its last four of 4, else, of a marked answer, what it has (cells it lacks stay empty, a surplus is cut, and it is never solved).
 
     >>> sudoku_cells("<answer>12 34|34 12|21 43|43 21</answer>"), sudoku_cells("<answer>1234 34</answer>"), sudoku_cells("1234")
     (('1234341221434321', True), ('123434', False), ('', False))
     """
     answer, marked = find_answer(completion)
     digits = re.sub(r"[^0-9]", "", answer)
-    runs = re.findall(r"(?<![0-9])[0-9]{16}(?![0-9])", answer)
-    if len(digits) == 16 or runs:
-        return (digits if len(digits) == 16 else runs[-1]), True
+    runs, rows = (re.findall(rf"(?<![0-9])[0-9]{{{n}}}(?![0-9])", answer) for n in (16, 4))
+    if len(digits) == 16 or runs or len(rows) > 3:
+        return digits if len(digits) == 16 else runs[-1] if runs else "".join(rows[-4:]), True
     return (digits[:16] if marked else ""), False
 
 
@@ -193,59 +195,47 @@ def sudoku_row(row: dict) -> dict:
 
 # ----------------------------------------------------------------------------------------------------------- Countdown
 LATEX = [(re.compile(p), r) for p, r in (
-    (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\times|\\cdot|×|·|∗", "*"), (r"\\div|÷", "/"), (r"[−–]", "-"),
+    (r"\\[dtc]?frac\s*([0-9])\s*([0-9])", r"((\1)/(\2))"), (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\(?:times|cdot|ast)(?![A-Za-z])|\\\*|[×·⋅∙∗]", "*"), (r"\\div(?![A-Za-z])|÷", "/"), (r"[−–]", "-"),
     (r"\\left|\\right|\\[()\[\],;!]|\$", ""), (r"[\[{]", "("), (r"[\]}]", ")"), (r"(?<=[0-9)])(\s?)[xX](?=\s?[0-9(])", r"\1*"))]
+EXPRESSION = re.compile(r"(?:(?<![^\s:,;])|(?=[ \t]))[-+*/()=0-9. \t]++(?:(?<=[ \t.])|(?![^\s:,;!]))")     # not glued to a word
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """Value and numbers of an expression over + - * / ( ) and integers, or None if it is anything else. Never `eval`.
 
-    >>> evaluate_expression("(3 + 4) * 2")
-    (Fraction(14, 1), [3, 4, 2])
-    >>> evaluate_expression("9**9**9") is None
-    True
+    >>> evaluate_expression("(3 + 4) * 2"), evaluate_expression("9**9**9")
+    ((Fraction(14, 1), [3, 4, 2]), None)
     """
-    if len(text) > 200 or not re.fullmatch(r"(?:[0-9]{1,9}(?![0-9])|[-+*/()\s])+", text):
-        return None
-    tokens, numbers, i = re.findall(r"[0-9]+|[-+*/()]", text), [], 0
-    if text.count("(") > 20 or text.count("-") > 20:                         # the parser recurses once for each
-        return None
-
-    def take(*wanted):
-        nonlocal i
-        if i < len(tokens) and (tokens[i] in wanted or "number" in wanted and tokens[i].isdigit()):
-            i += 1
-            return tokens[i - 1]
-
-    def chain(part, *ops):                       # left-associative: part (op part)*
-        value = part()
-        while op := take(*ops):
-            other = part()
-            value = value + other if op == "+" else value - other if op == "-" else value * other if op == "*" \
-                else value / other
-        return value
+    if len(text) > 200 or max(text.count("("), text.count("-")) > 20 or not re.fullmatch(r"(?:[0-9]{1,9}(?![0-9])|[-+*/()\s])+", text):
+        return None                                                          # the parser recurses once for each ( and -
+    tokens, numbers = re.findall(r"[0-9]+|\S", text)[::-1], []               # a stack, and what is on its way to the value
 
     def atom():
-        if take("-"):
+        token = tokens.pop()
+        if token == "-":
             return -atom()
-        if take("("):
-            value = total()
-            if not take(")"):
-                raise ValueError
-            return value
-        if not (token := take("number")):
+        if token != "(":
+            numbers.append(int(token))
+            return Fraction(numbers[-1])
+        value = chain("+-")
+        if tokens.pop() != ")":
             raise ValueError
-        numbers.append(int(token))
-        return Fraction(int(token))
+        return value
 
-    def total():
-        return chain(lambda: chain(atom, "*", "/"), "+", "-")
+    def chain(operators):                                                    # left-associative: part (operator part)*
+        part = atom if operators == "*/" else lambda: chain("*/")
+        value = part()
+        while tokens and tokens[-1] in operators:
+            value = OPERATORS[tokens.pop()](value, part())
+        return value
 
     try:
-        value = total()
-        return (value, numbers) if i == len(tokens) else None
-    except (ValueError, ZeroDivisionError):
+        value = chain("+-")
+    except (ValueError, IndexError, ZeroDivisionError):
         return None
+    return None if tokens else (value, numbers)
 
 
 def countdown_expression(completion: str) -> tuple[Fraction, list[int]] | None:
@@ -258,8 +248,10 @@ def countdown_expression(completion: str) -> tuple[Fraction, list[int]] | None:
     text = find_answer(completion)[0][-2000:]
     for pattern, replacement in LATEX:
         text = pattern.sub(replacement, text)
-    chunks = [c for c in re.split(r"[^-+*/()=0-9. \t]+", text) if re.search("[0-9]", c)] or [""]
-    sides = [s.strip() for s in chunks[-1].lstrip("+*/=). \t").rstrip("-+*/=(. \t").split("=")]
+    chunks = [chunk for chunk in EXPRESSION.findall(text) if re.search("[0-9]", chunk)]
+    if not chunks or re.search(r"[\\^!%_√≠<>≤≥]", text):                    # something is done to it that is not read here
+        return None
+    sides = [side.strip() for side in chunks[-1].strip("=. \t").split("=")]
     number = re.compile(r"-?[0-9]{1,9}(?:\.0*)?")
     if len(sides) == 2 and number.fullmatch(sides[0]):
         sides.reverse()                                                      # 14 = (3+4)*2
@@ -347,17 +339,22 @@ def countdown_row(row: dict) -> dict:
 
 # --------------------------------------------------------------------------------------------------------------- GSM8K
 TYPESETTING = [(re.compile(p), r) for p, r in (
-    (r"\\[dtc]?frac\s*\{?([0-9]+)\}?\s*\{?([0-9]+)\}?", r" \1/\2"), (r"\\[,;!: ]|\{,\}|\\(?=[$%])", ""), (r"[−–]", "-"),
-    (r"(?<=[A-Za-z})])\s?\^\s?\{?-?[0-9]+\}?|\^\s?\{?\\circ\}?", ""))]       # spaces within numbers, powers of units, degrees
+    (r"\\[dtc]?frac\s*\{?([0-9]+)\}?\s*\{?([0-9]+)\}?", r" \1/\2"), (r"\\[,;!: ]|\{,\}|\\(?=[$%])|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9])", ""),
+    (r"[−–]", "-"), (r"\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[×·⋅]|(?<=[0-9])\s?\*\*\s?(?=[0-9])", "*"), (r"\\div(?![A-Za-z])|÷", "/"), (r"\*\*|\\text\w*\s*\{", " "),
+    (r"(?<=[A-Za-z})])\s?\^\s?\{?-?[0-9]+\}?|\^\s?\{?\\circ\}?", ""), (r"(?<=[0-9])\s+\([^()]*\)\s*\.?\s*$", ""))]    # powers of units, (asides)
 _RUN = r"[-+]?[$€£¥]?[-+]?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
-ARITHMETIC = re.compile(rf"(?<![A-Za-z0-9_^])(?:[0-9]+ (?=[0-9]+/[0-9]))?{_RUN}(?:(?:\s?[-+*/^×÷x]\s?|:){_RUN})*")
+ARITHMETIC = re.compile(rf"(?<![A-Za-z0-9_^])(?:[-+]?[0-9]+\s+(?=[0-9]+\s?/\s?[0-9]))?{_RUN}(?:(?:\s?[-+*/^x]\s?|:){_RUN})*")
 NUMBER = re.compile(r"([-+]?)[$€£¥]?([-+]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-FRACTION = re.compile(r"([-+]?)(?:([0-9]+) )?([0-9]+)/([0-9]+)")
+FRACTION = re.compile(r"([-+]?)(?:([0-9]+)\s+)?([0-9]+)\s?/\s?([0-9]+)")
+MINUS = re.compile(r"(?:^|[^A-Za-z0-9)}\]\s])\s*-\s*(?:US)?[$€£¥]?\s*$|\bminus\s+$")             # of a number, apart from it
+NOT_ALONE = re.compile(r"[*/^≠<>≤≥√]\s*[\[({]*\s*$|[0-9})\]]\s*[-+]?\s*[\[({]\s*$|[0-9][,;]?\s+(?:or\s+|and\s+)?$|-\s*(?:US\$|[\[({])\s*$"
+                       r"|\\(?!boxed|fbox|left|approx|quad|qquad|therefore|implies|rightarrow|to|math|displaystyle)[A-Za-z]+\s*[\[({]*\s*$")
+MULTIPLIED = re.compile(r"\s*(?:[kK]\b|hundred|thousand|million|billion|trillion|\}?\s*\^|\(|\\sqrt|\\pi)")
 
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text: sign, currency, thousands commas, decimals, a/b, 1 1/2, \\frac read, units ignored. None if there
-    is none, or if it stands in arithmetic left to do (2*36), in a list without spaces (1,2), or is malformed (0,72).
+    is none, if it is malformed (0,72), if something is left to do with it (2*36, 3 million), or if it is one of a list (71 or 72).
 
     >>> last_number("that makes $1,234.50 in all"), last_number(r"2\\frac{1}{2} cm^2"), last_number("1e72")
     (Fraction(2469, 2), Fraction(5, 2), None)
@@ -368,11 +365,14 @@ def last_number(text: str) -> Fraction | None:
     last = None
     for last in ARITHMETIC.finditer(text):
         pass
-    found = last[0].rstrip(".,") if last else ""
-    if m := NUMBER.fullmatch(found):
-        return Fraction(m[3].replace(",", "")) * (-1 if "-" in (m[1], m[2]) else 1)
-    if (m := FRACTION.fullmatch(found)) and int(m[4]):
-        return (int(m[2] or 0) + Fraction(int(m[3]), int(m[4]))) * (-1 if m[1] == "-" else 1)
+    before, found, after = (text[max(0, last.start() - 40):last.start()], last[0], text[last.end():]) if last else ("", "", "")
+    if NOT_ALONE.search(before) or found[-1:] not in (".", ",") and MULTIPLIED.match(after):
+        return None
+    sign = -1 if MINUS.search(before) else 1
+    if m := NUMBER.fullmatch(found.rstrip(".,")):
+        return sign * Fraction(m[3].replace(",", "")) * (-1 if "-" in (m[1], m[2]) else 1)
+    if (m := FRACTION.fullmatch(found.rstrip(".,"))) and int(m[4]):
+        return sign * (int(m[2] or 0) + Fraction(int(m[3]), int(m[4]))) * (-1 if m[1] == "-" else 1)
     return None
 
 
@@ -393,14 +393,20 @@ def gsm8k_grade(completion: str, example: dict) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------- MATH
+UNICODE = str.maketrans({"−": "-", "–": "-", "∞": "\\infty ", "π": "\\pi ", "√": "\\sqrt ", "°": "", "×": "\\times ", "·": "\\cdot ", "∪": "\\cup "})
+UNIT = (r"(?!.*\b(?:or|and|to|of|hundred|thousand|million|billion|trillion|dozen|squared|cubed|remainder|plus|minus|times|over|half)\b)"
+        r"(?:(?:[a-z]{2,}|[mgshL])\b[\s.]*)+")
 MATH_STYLE = [(re.compile(p), r) for p, r in (                               # what does not change an answer
-    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[,;!: ]|\\?\$|\\?%|\^\s*\{?\\circ\}?|\\degree|\{,\}", ""),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"), (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
-    (r"(?<=[0-9}])\s*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?$", ""),      # a unit
-    (r"\\(?:text|mathrm|mathbf|textbf|mbox|textrm)\s*\{([^{}]*)\}", r"\1"), (r"^\s*[A-Za-z]\s*(?:=|\\in(?![A-Za-z]))", ""),
-    (r"^\s*\(([A-Za-z])\)\s*$", r"\1"), (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ""), (r"(?<![0-9])\.(?=[0-9])", "0."),
-    (r"(\.[0-9]*?)0+(?![0-9])", r"\1"), (r"\.(?![0-9])", ""), (r"^(-?)([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"), (r"\s+", ""))]
-MATH_LIMIT = 5                         # seconds for one comparison, kept by the operating system
+    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\[()\[\]]|\\?\$|\\?%|\^\s*\{?\\circ\}?|\\degree|^\*\*|\*\*$", ""),
+    (r"(?<=[0-9])(?:,|\{,\}|,?\\[,!;:])\s*(?=[0-9]{3}(?![0-9]))", ""), (r"(?<!\\)\\[,;!: ]|~", " "),     # thousands; spaces
+    (rf"(?<=[0-9}}])\s*(?:\\(?:text|mathrm|mbox|textrm)\s*\{{\s*{UNIT}\}}|(?<=[0-9])\s+{UNIT})(?:\^\{{?[0-9]\}}?)?\s*$", ""),
+    (r"\\(?:text|mathrm|mathbf|textbf|boldsymbol|mbox|textrm)\s*\{([^{}]*)\}", r" \1 "), (r"[.,;\s]+$", ""),
+    (r"^\s*(?:\\angle\s*)?(?:[A-Za-z]|[A-Z]{2,3})(?:_\{?\w\}?|\(\w\))?\s*(?:=|\\in(?![A-Za-z]))", ""), (r"^\s*\(([A-Za-z])\)\s*$", r"\1"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"), (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
+    (r"\\frac\s*(\{[^{}]*\})\s*([0-9])", r"\\frac\1{\2}"), (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
+    (r"^\s*(-?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)\s*$", r"\1\\frac{\2}{\3}"), (r"^\s*(-?)([0-9]+)\s*/\s*([0-9]+)\s*$", r"\1\\frac{\2}{\3}"),
+    (r"(?<![0-9])\.(?=[0-9])", "0."), (r"(\.[0-9]*?)0+(?![0-9])", r"\1"), (r"\.(?![0-9])", ""), (r"(?<![0-9])\s+|\s+(?![0-9])", ""))]
+MATH_LIMIT, MATH_CHARS = 5, 500        # seconds for one comparison, kept by the operating system; characters of an answer
 
 
 def math_normal(answer: str) -> str:
@@ -409,20 +415,37 @@ def math_normal(answer: str) -> str:
     >>> math_normal(r"x = \\dfrac12"), math_normal("58,500.0"), math_normal(r"36\\text{ inches}"), math_normal(r"\\text{(C)}")
     ('\\\\frac{1}{2}', '58500', '36', 'C')
     """
+    answer = answer.translate(UNICODE)
     for pattern, replacement in MATH_STYLE:
         answer = pattern.sub(replacement, answer.strip())
     return answer
 
 
-def math_form(normal: str):
-    """How a normalised answer is written: "decimal", ("fraction", in lowest terms), ("base", b), a word itself, or "other"."""
-    if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", normal):
-        return "decimal"
-    if m := re.fullmatch(r"[-+]?\\frac\{([-+]?[0-9]{1,400})\}\{([-+]?[0-9]{1,400})\}", normal):
-        return "fraction", gcd(int(m[1]), int(m[2])) == 1
-    if m := re.fullmatch(r"[0-9A-F]+_\{?([0-9]+)\}?", normal):
-        return "base", m[1]
-    return normal.lower() if re.fullmatch(r"[A-Za-z]{2,}", normal) else "other"
+def math_form(normal: str) -> tuple:
+    """How a normalised answer is written: its outer bracket, ( or [ or none, then sorted of each of its items decimal, fraction (in
+    lowest terms), unreduced (fraction), base B, word or other.
+
+    >>> math_form("(0.5,2)"), math_form(r"\\frac{3}{24}"), math_form("2516_8"), math_form("(x+1)(x-1)")
+    (('(', 'decimal', 'decimal'), ('', 'unreduced'), ('', 'base 8'), ('', 'other'))
+    """
+    def form(item):
+        if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", item):
+            return "decimal"
+        if m := re.fullmatch(r"[-+]?\\frac\{([-+]?[0-9]+)\}\{([-+]?[0-9]+)\}", item):
+            return "fraction" if gcd(int(m[1]), int(m[2])) == 1 else "unreduced"
+        if m := re.fullmatch(r"[0-9A-F]+_\{?([0-9]+)\}?", item):
+            return f"base {m[1]}"
+        return "word" if re.fullmatch(r"[A-Za-z]{2,}", item) else "other"
+
+    text = re.sub(r"^\\\{(.*)\\\}$", r"\1", normal)                          # a set is the list of its items
+    depth = list(itertools.accumulate((c in "([{") - (c in ")]}") for c in text))
+    inside = text[:1] in ("(", "[") and 0 not in depth[:-1]
+    items = [""]
+    for c, d in zip(text, depth):
+        items = [*items, ""] if c == "," and d == inside else [*items[:-1], items[-1] + c]
+    if inside and len(items) > 1:
+        return text[0], *sorted(map(form, [items[0][1:], *items[1:-1], items[-1][:-1]]))
+    return "", *sorted(map(form, [text] if inside else items))
 
 
 class MathWorker:
@@ -430,46 +453,61 @@ class MathWorker:
     holds in any thread or process of ours and leaves nothing behind; the next question starts a new one."""
 
     def __init__(self):
-        self.lock, self.process, self.owner = threading.Lock(), None, None
+        self.forget()
+        os.register_at_fork(after_in_child=self.forget)                      # lock and pipe are the parent's
+
+    def forget(self):
+        self.lock, self.process = threading.Lock(), None
+
+    def start(self):
+        path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(                                     # a session of its own: Ctrl-C is not for it
+            [sys.executable, "-P", "-c", "import rewards; rewards.math_worker()"], env={**os.environ, "PYTHONPATH": path}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        if self.process.stdout.readline() != "ready\n":
+            raise BadInput("math-verify does not start; is it installed? pip install -r requirements.txt")
+
+    def stop(self) -> int:
+        process, self.process = self.process, None
+        process.kill()
+        process.communicate()
+        return process.returncode
 
     def equal(self, gold: str, answer: str) -> bool:
         """Whether math-verify finds the two equal in value; False if it cannot tell in time."""
         with self.lock:
-            if self.process is None or self.owner != os.getpid():                # after a fork the pipe is the parent's
-                path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-                self.process, self.owner = subprocess.Popen(                     # a session of its own: Ctrl-C is not for it
-                    [sys.executable, "-P", "-c", "import rewards; rewards.math_worker()"], env={**os.environ, "PYTHONPATH": path},
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                    start_new_session=True), os.getpid()
-                if self.process.stdout.readline() != "ready\n":
-                    self.process = None
-                    raise BadInput("math-verify does not start; is it installed? pip install -r requirements.txt")
-            try:
-                self.process.stdin.write(json.dumps([gold, answer]) + "\n")
-                self.process.stdin.flush()
-                verdict = self.process.stdout.readline()
-            except OSError:
-                verdict = ""
-            if not verdict:                                                      # the alarm rang
-                self.process.kill()
-                self.process.communicate()
-                self.process = None
-            return verdict == "1\n"
+            for _ in range(2):                                               # a worker that somebody killed is asked once more
+                try:
+                    if self.process is None:
+                        self.start()
+                    self.process.stdin.write(json.dumps([gold, answer]) + "\n")
+                    self.process.stdin.flush()
+                    if verdict := self.process.stdout.readline():
+                        return verdict == "1\n"
+                except OSError:
+                    pass
+                except BaseException:                                        # its verdict would answer the next question
+                    self.stop()
+                    raise
+                if self.stop() == -signal.SIGALRM:
+                    return False
+        return False
 
 
 def math_worker():
     """Of each line [gold, answer] on stdin whether math-verify finds them equal, 1 or 0, on stdout."""
     import resource
-    import signal
     from math_verify import parse, verify
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)                            # it ends the process, whatever we inherited
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.alarm(MATH_LIMIT)                                                 # not handled: it ends the process
+        signal.alarm(MATH_LIMIT)
         try:
             gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
-            equal = verify(gold, answer, timeout_seconds=None)
-        except Exception:                                                        # whatever sympy makes of a strange string
+            equal = verify(gold, answer, float_rounding=12, timeout_seconds=None)
+        except Exception:                                                    # whatever sympy makes of a strange string
             equal = False
         signal.alarm(0)
         print(int(bool(equal)), flush=True)
@@ -481,15 +519,28 @@ _worker = MathWorker()
 @lru_cache(100_000)
 def math_equal(gold: str, answer: str) -> bool:
     """Whether two LaTeX answers are equal in value, however they are written: by math-verify, unless the strings settle it."""
-    a, b = math_normal(gold), math_normal(answer[:500])
-    if a == b or len(answer) > 500 or not a or not b:
-        return a == b and len(answer) <= 500 and bool(a)
-    depth = list(itertools.accumulate(((c == "{") - (c == "}") for c in re.sub(r"\\[{}]", "", answer)), initial=0))
-    if depth[-1] or min(depth) < 0 or "boxed" in answer or not answer.isprintable():     # it would escape the box it is put in
+    a, b = math_normal(gold), math_normal(answer)
+    if a == b or not a or not b or len(answer) > MATH_CHARS:
+        return a == b != "" and len(answer) <= MATH_CHARS
+    nesting = list(itertools.accumulate(((c == "{") - (c == "}") for c in re.sub(r"\\[{}]", "", answer)), initial=0))
+    if nesting[-1] or min(nesting) < 0 or "boxed" in answer or not answer.isprintable():     # it would escape the box it is put in
         return False
-    if any(form not in ("decimal", "other") and isinstance(form, str) for form in (math_form(a), math_form(b))):
-        return a.lower() == b.lower()                                        # words: to math-verify, letters that commute
-    return _worker.equal(gold, answer)
+    (bracket, *forms), (other, *others) = math_form(a), math_form(b)
+    letters = [set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", x))) for x in (a, b)]
+    if forms == others == ["decimal"]:
+        return Fraction(a) == Fraction(b)                                    # math-verify rounds
+    if "word" in [*forms, *others]:
+        return a.lower() == b.lower()                                        # ... reads words as letters that commute
+    if bracket != other or len(forms) != len(others) or letters[0] != letters[1]:
+        return False                                                         # ... takes a pair for a set, and K for k
+    if forms != others and forms[0].startswith("base") and others[0].startswith("base"):
+        return False                                                         # ... and leaves the base out
+    return _worker.equal(a, b)
+
+
+def math_answer(completion: str) -> str:
+    """The answer of a completion; too long a one is cut, and then equal to none."""
+    return find_answer(completion)[0][:MATH_CHARS + 1]
 
 
 def math_value(completion: str, example: dict) -> float:
@@ -498,7 +549,7 @@ def math_value(completion: str, example: dict) -> float:
     >>> [math_value(rf"\\boxed{{{a}}}", {"problem": "", "answer": r"\\frac{1}{8}"}) for a in ("0.125", r"\\frac{3}{24}", "0.1")]
     [1.0, 1.0, 0.0]
     """
-    return float(math_equal(example["answer"], find_answer(completion)[0]))
+    return float(math_equal(example["answer"], math_answer(completion)))
 
 
 def math_grade(completion: str, example: dict) -> float:
@@ -508,9 +559,9 @@ def math_grade(completion: str, example: dict) -> float:
     >>> [math_grade(rf"\\boxed{{{a}}}", {"problem": "", "answer": r"\\frac{1}{8}"}) for a in ("1/8", r"\\dfrac18", "0.125", "3/24")]
     [1.0, 1.0, 0.0, 0.0]
     """
-    gold, answer = example["answer"], find_answer(completion)[0]
-    a, b = math_normal(gold), math_normal(answer[:500])
-    in_form = a == b or math_form(a) == math_form(b) != ("fraction", False)
+    gold, answer = example["answer"], math_answer(completion)
+    a, b = math_normal(gold), math_normal(answer)
+    in_form = a == b or (form := math_form(a)) == math_form(b) and "unreduced" not in form
     return float(in_form and math_equal(gold, answer))
 
 
@@ -540,7 +591,7 @@ def prompt_for(task: str, example: dict, style: str, system_prompt: str = "") ->
     """
     row = TASKS[task]
     if style in ("bare", ""):
-        return row.prompt(example), ""
+        return (row.bare or row.question)(example), ""
     layout, begin = FORMATS[style]
     return f"{system_prompt or row.instruction + ' ' + layout.format(form=row.form)}\n\n{row.question(example)}", begin
 
@@ -549,7 +600,6 @@ def prompt_for(task: str, example: dict, style: str, system_prompt: str = "") ->
 @dataclass(frozen=True)
 class Task:
     """One row of TASKS. `generate` and `lazy` are None for tasks whose data cannot be made up, `hub` for the others."""
-    prompt: Callable[[dict], str]                          # example -> the statement alone
     question: Callable[[dict], str]                        # example -> the statement in words
     instruction: str                                       # what to do with it
     form: str                                              # what stands in the box
@@ -559,7 +609,8 @@ class Task:
     weights: dict                                          # of the parts in the reward: the published sum
     answer: Callable[[str], object]                        # completion -> what is put to the vote, None for no answer
     row: Callable[[dict], dict]                            # a row of a data file -> example
-    statement: Callable[[dict], object]                    # equal for two examples that are the same but for symmetry
+    key: Callable[[dict], object]                          # equal for two examples that are the same but for symmetry
+    bare: Callable[[dict], str] | None = None              # example -> the statement as the tiny model knows it
     beside: tuple[str, Callable] | None = None             # a second grade to report: its name, (completion, example) -> [0, 1]
     generate: Callable[[int, int, str], list] | None = None
     lazy: Callable[[dict, random.Random], str] | None = None
@@ -567,10 +618,8 @@ class Task:
 
 
 def text_row(question: str, row: dict) -> dict:
-    """A row with a question and an answer in words -> example; `question` may be called question, the answer gold."""
-    example = {question: row[question] if question in row else row["question"], "answer": row["answer"] if "answer" in row else row["gold"]}
-    if "answer" not in row and example["answer"] is None:                    # a few of d1's published golds are missing
-        example["answer"] = ""
+    """A row with a statement and an answer in words -> example; d1's generations call them question and gold (a few are null)."""
+    example = {question: row.get(question, row.get("question")), "answer": row["answer"] if "answer" in row else row["gold"] or ""}
     if not all(type(value) in (str, int, float) for value in example.values()):
         raise ValueError(f"{question} and answer must be text")
     return {k: str(v) for k, v in example.items()}
@@ -578,28 +627,32 @@ def text_row(question: str, row: dict) -> dict:
 
 TASKS = {
     "sudoku": Task(
-        lambda ex: ex["puzzle"], lambda ex: f"Puzzle: {ex['puzzle']}",
-        "Solve a 4x4 Sudoku. The puzzle is 16 digits, row by row, 0 for an empty cell. Every row, every column and every 2x2 box must "
-        "hold 1, 2, 3 and 4 once each; the given digits stay.", "the 16 digits of the solution", lambda ex: ex["solution"],
-        sudoku_grade, sudoku_parts, {"format": 1, "correct": 3}, lambda c: sudoku_cells(c)[0] or None, sudoku_row,
-        lambda ex: int(sudoku_class(np.array([[int(c) for c in ex["puzzle"]]]))[0]), ("cells", sudoku_grade), sudoku_generate, sudoku_lazy),
+        question=lambda ex: f"Puzzle: {ex['puzzle']}", bare=lambda ex: ex["puzzle"], gold=lambda ex: ex["solution"],
+        instruction="Solve a 4x4 Sudoku. The puzzle is 16 digits, row by row, 0 for an empty cell. Every row, every column and every 2x2 "
+                    "box must hold 1, 2, 3 and 4 once each; the given digits stay.", form="the 16 digits of the solution",
+        grade=sudoku_grade, beside=("cells", sudoku_grade), answer=lambda c: sudoku_cells(c)[0] or None,
+        parts=sudoku_parts, weights={"format": 1, "correct": 3},
+        row=sudoku_row, key=lambda ex: int(sudoku_class(np.array([[int(c) for c in ex["puzzle"]]]))[0]),
+        generate=sudoku_generate, lazy=sudoku_lazy),
     "countdown": Task(
-        lambda ex: f"{','.join(map(str, ex['nums']))}={ex['target']}", lambda ex: f"Numbers: {ex['nums']}\nTarget: {ex['target']}",
-        "Find an arithmetic expression that equals the target. Use each of the numbers exactly once, the operations +, -, *, / and "
-        "parentheses, and nothing else.", "the expression", lambda ex: countdown_solve(ex["nums"], ex["target"]),
-        countdown_grade, countdown_parts, {"format": 1, "correct": 3}, lambda c: find_answer(c)[0].replace(" ", "") or None, countdown_row,
-        lambda ex: (*sorted(ex["nums"]), ex["target"]), None, countdown_generate, countdown_lazy),
+        question=lambda ex: f"Numbers: {ex['nums']}\nTarget: {ex['target']}", bare=lambda ex: f"{','.join(map(str, ex['nums']))}={ex['target']}",
+        instruction="Find an arithmetic expression that equals the target. Use each of the numbers exactly once, the operations +, -, *, / "
+                    "and parentheses, and nothing else.", form="the expression", gold=lambda ex: countdown_solve(ex["nums"], ex["target"]),
+        grade=countdown_grade, answer=lambda c: find_answer(c)[0].replace(" ", "") or None,
+        parts=countdown_parts, weights={"format": 1, "correct": 3},
+        row=countdown_row, key=lambda ex: (*sorted(ex["nums"]), ex["target"]), generate=countdown_generate, lazy=countdown_lazy),
     "gsm8k": Task(
-        lambda ex: ex["question"], lambda ex: ex["question"], "Solve the problem step by step.", "the number", gsm8k_gold,
-        gsm8k_grade, lambda c, ex: tag_parts(c, gsm8k_grade(c, ex)), {"think": 0.5, "answer": 0.5, "correct": 3},
-        lambda c: last_number(find_answer(c)[0]), partial(text_row, "question"), lambda ex: ex["question"],
+        question=lambda ex: ex["question"], instruction="Solve the problem step by step.", form="the number", gold=gsm8k_gold,
+        grade=gsm8k_grade, answer=lambda c: last_number(find_answer(c)[0]),
+        parts=lambda c, ex: tag_parts(c, gsm8k_grade(c, ex)), weights={"think": 0.5, "answer": 0.5, "correct": 3},
+        row=partial(text_row, "question"), key=lambda ex: ex["question"],
         hub={"train": ("openai/gsm8k", "main", "train"), "test": ("openai/gsm8k", "main", "test")}),
     "math": Task(
-        lambda ex: ex["problem"], lambda ex: ex["problem"], "Solve the problem step by step.", "the answer in simplest form",
-        lambda ex: ex["answer"],
-        math_grade, lambda c, ex: tag_parts(c, math_grade(c, ex)), {"think": 0.5, "answer": 0.5, "correct": 3},
-        lambda c: math_normal(find_answer(c)[0][:500]) or None, partial(text_row, "problem"), lambda ex: " ".join(ex["problem"].split()),
-        ("any form", math_value),
+        question=lambda ex: ex["problem"], instruction="Solve the problem step by step.", form="the answer in simplest form",
+        gold=lambda ex: ex["answer"],
+        grade=math_grade, beside=("any form", math_value), answer=lambda c: math_normal(math_answer(c)) or None,
+        parts=lambda c, ex: tag_parts(c, math_grade(c, ex)), weights={"think": 0.5, "answer": 0.5, "correct": 3},
+        row=partial(text_row, "problem"), key=lambda ex: " ".join(ex["problem"].split()),
         hub={"train": ("nlile/hendrycks-MATH-benchmark", None, "train"), "test": ("HuggingFaceH4/MATH-500", None, "test")}),
 }
 
@@ -651,16 +704,16 @@ def read_weights(task: str, text: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
-def in_split(statement, split: str, test_share: float = 0.2) -> bool:
-    """Whether a statement (up to symmetry: pass its class) belongs to `split`: a hash decides, so that train and test
-    are disjoint whatever the seed and the number of examples."""
-    digest = hashlib.sha256(repr(statement).encode()).digest()
+def in_split(key, split: str, test_share: float = 0.2) -> bool:
+    """Whether the examples of a key (Task.key) belong to `split`: a hash decides, so that train and test are disjoint whatever
+    the seed and the number of examples."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
     return (int.from_bytes(digest[:4], "big") < test_share * 2**32) == (split == "test")
 
 
 def held_out(task: str, example: dict) -> bool:
     """Whether an example's statement, up to symmetry, is one that no training of this project ever sees."""
-    return in_split(TASKS[task].statement(example), "test")
+    return in_split(TASKS[task].key(example), "test")
 
 
 def from_hub(task: str, split: str) -> list[dict]:
@@ -710,14 +763,15 @@ def load_examples(task: str, n: int, seed: int, split: str, path: str = "") -> l
 def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_path: str = "") -> tuple[list[dict], list[dict]]:
     """Training and held-out examples, no statement in both: generated or published, or from files; a file without a second
     one is divided by `held_out`."""
+    if not path and TASKS[task].generate:
+        return load_examples(task, n, seed, "train"), load_examples(task, n_test, 0, "test")
     if path and not test_path:
         examples = from_file(task, path)
         train, test = ([ex for ex in examples if held_out(task, ex) == side] for side in (False, True))
     else:
-        test = load_examples(task, n_test, 0, "test", test_path)
-        train = load_examples(task, n if TASKS[task].generate and not path else 0, seed, "train", path)
-        seen = set(map(TASKS[task].statement, load_examples(task, 0, 0, "test", test_path) if TASKS[task].hub or test_path else test))
-        train = [ex for ex in train if TASKS[task].statement(ex) not in seen]
+        test = load_examples(task, 0, 0, "test", test_path)
+        tested = set(map(TASKS[task].key, test))
+        train = [ex for ex in load_examples(task, 0, 0, "train", path) if TASKS[task].key(ex) not in tested]
     if not train or not test:
         raise BadInput(f"--data {path}: too few examples to train on some and hold others out")
     return train, test[:n_test]

@@ -68,11 +68,8 @@ def test_a_killed_evaluation_continues_and_ends_the_same(tiny, capsys):
     assert evaluation.main([*flags, "--out", "whole.jsonl"]) == 0
     whole, table = Path("whole.jsonl").read_text(), capsys.readouterr().out
     assert len(lines("whole.jsonl")) == 1 + 20 and Path("whole.png").is_file()
-    for keep in (0, 5, len(whole) // 3, len(whole) - 3, len(whole)):                        # bytes that a kill left
+    for keep in (0, 5, 50, whole.index("\n") + 1, len(whole) // 3, len(whole) - 3, len(whole) - 2, len(whole) - 1, len(whole)):    # bytes that a kill left
         Path("part.jsonl").write_text(whole[:keep])
-        if 0 < keep < 100:                                                                  # not even the settings: no file of ours
-            assert evaluation.main([*flags, "--out", "part.jsonl"]) == 2 and Path("part.jsonl").read_text() == whole[:keep]
-            continue
         assert evaluation.main([*flags, "--out", "part.jsonl"]) == 0
         assert without_seconds("part.jsonl") == without_seconds("whole.jsonl")
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(Path("part.json").read_text())["results"]]
@@ -126,6 +123,46 @@ def test_other_settings_weights_or_examples_are_never_mixed(tiny, capsys):
     assert Path("notes.jsonl").read_text() == '{"mine": 1}\n'
 
 
+def test_other_weights_under_the_same_path_are_not_mixed(here, quick, capsys):
+    assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
+    flags = ["--model", "runs/m", "--limit", "4", "--steps", "4"]
+    assert evaluation.main(flags) == 0 and evaluation.main([*flags, "--out", "e.jsonl"]) == 0
+    before = Path("e.jsonl").read_bytes()
+    policy, tokenizer = agrpo.load_policy("runs/m/model", "cpu")
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight[0, 40] += 1                             # one number, among the first of its parameter
+    agrpo.save_model(policy, tokenizer, Path("runs/m/model"), agrpo.Config(**json.loads(Path("runs/m/config.json").read_text())))
+    capsys.readouterr()
+    assert evaluation.main([*flags, "--out", "e.jsonl"]) == 2 and "weights" in capsys.readouterr().err and Path("e.jsonl").read_bytes() == before
+    assert evaluation.main(flags) == 0 and len(list(Path("runs").glob("eval-sudoku-m-*.jsonl"))) == 2
+
+
+def test_two_evaluations_do_not_write_one_file(tiny, capsys):
+    flags = [*TINY, "--limit", "2", "--steps", "4", "--out", "e.jsonl"]
+    with open("e.jsonl", "a") as f:
+        evaluation.fcntl.flock(f, evaluation.fcntl.LOCK_EX)
+        assert evaluation.main(flags) == 2 and "another" in capsys.readouterr().err
+    assert evaluation.main(flags) == 0
+
+
+def test_the_share_in_classes_never_trained_on(tiny, capsys):
+    examples = agrpo.load_examples("sudoku", 12, 0, "train")[:5] + agrpo.load_examples("sudoku", 3, 0, "test")
+    Path("x.csv").write_text("Puzzle,Solution\n" + "".join(f"{ex['puzzle']},{ex['solution']}\n" for ex in examples))
+    assert evaluation.main([*TINY, "--data", "x.csv", "--steps", "4", "--out", "e.jsonl"]) == 0
+    assert json.loads(Path("e.json").read_text())["results"][0]["held_out"]["n"] == 3 and "of 3" in capsys.readouterr().out
+
+
+def test_a_length_that_does_not_fit_the_context_is_refused(tiny, capsys):
+    assert evaluation.main([*TINY, "--limit", "2", "--lengths", "16,256", "--steps", "16"]) == 2
+    assert "256" in capsys.readouterr().err and not list(Path("runs").glob("eval*"))
+
+
+def test_an_unfinished_run_is_refused(here, quick, capsys):
+    assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
+    agrpo.shutil.rmtree("runs/x/model")
+    assert evaluation.main(["--model", "runs/x"]) == 2 and "not finished" in capsys.readouterr().err
+
+
 def test_samples_are_different_and_repeatable(tiny):
     flags = [*TINY, "--limit", "3", "--steps", "4", "--temperature", "1", "--unmasking", "random", "--samples", "4"]
     assert evaluation.main([*flags, "--out", "a.jsonl"]) == 0 and evaluation.main([*flags, "--out", "b.jsonl", "--batch", "12"]) == 0
@@ -148,6 +185,13 @@ def test_regrade_agrees_with_the_grades_that_were_saved_and_finds_a_changed_one(
     assert "0 -> 1" in capsys.readouterr().out
     assert lines("new.jsonl")[2]["grade"] == 1 and lines("new.jsonl")[1]["grade"] == rows[1]["grade"]
     assert lines("e.jsonl") == rows                                                         # the file itself is left alone
+    Path("mine.txt").write_text("mine")
+    for out in ("new.jsonl", "mine.txt", "."):
+        assert evaluation.main(["--regrade", "e.jsonl", "--out", out]) == 2
+    assert evaluation.main(["--regrade", "e.jsonl", "--out", "new.jsonl", "--overwrite"]) == 0 and Path("mine.txt").read_text() == "mine"
+    rows[2]["nfe"] = "many"
+    Path("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluation.main(["--regrade", "e.jsonl"]) == 2 and "e.jsonl:3" in capsys.readouterr().err
 
 
 def test_regrade_reads_published_generations(here, capsys):
@@ -166,7 +210,8 @@ def test_regrade_reads_published_generations(here, capsys):
     (["--steps", "4,x"], "--steps"), (["--steps", "3"], "3 steps"), (["--lengths", "16,15"], "15"), (["--lengths", ","], "--lengths"), (["--steps", "0"], "0 steps"),
     (["--samples", "4"], "--temperature"), (["--samples", "0"], "--samples"), (["--limit", "-1"], "--limit"), (["--out", "x.json"], ".jsonl"),
     (["--out", "dir.jsonl"], ".jsonl"), (["--prompt", "d2"], "--prompt"), (["--task", "gsm8k"], "tiny"), (["--model", "nowhere"], "config.json"),
-    (["--regrade", "no.jsonl", "--task", "math"], "no.jsonl"), (["--regrade", "bad.jsonl", "--task", "math"], "bad.jsonl:2"),
+    (["--regrade", "no.jsonl", "--task", "math"], "no.jsonl"), (["--regrade", "empty.jsonl", "--task", "math"], "no completions"),
+    (["--out", "x" * 300 + ".jsonl", "--limit", "2", "--steps", "4"], ".jsonl"), (["--regrade", "bad.jsonl", "--task", "math"], "bad.jsonl:2"),
     (["--regrade", "rows.jsonl"], "--task"), (["--regrade", "rows.jsonl", "--task", "math"], "rows.jsonl:1"), (["--regrade", "list.jsonl", "--task", "math"], "list.jsonl:1"),
     (["--out", "file/x.jsonl", "--limit", "2", "--steps", "4"], "file"), (["--data", "no.csv"], "no.csv"), (["--top-p", "0.5"], "top-p")])
 def test_bad_input_is_one_line_and_exit_code_2(tiny, flags, word, capsys):
@@ -175,6 +220,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, flags, word, capsys):
     Path("bad.jsonl").write_text('{"problem": "", "answer": "1", "completion": "1"}\n{"problem": \n')
     Path("rows.jsonl").write_text('{"completion": "1"}\n')
     Path("list.jsonl").write_text("[1]\n")
+    Path("empty.jsonl").write_text("")
     before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
     given = flags if "--regrade" in flags else ["--device", "cpu", *([] if "--model" in flags else ["--model", "tiny"]), *([] if "--task" in flags else ["--task", "sudoku"]), *flags]
     assert evaluation.main(given) == 2

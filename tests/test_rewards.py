@@ -56,35 +56,75 @@ def test_right_answers_in_every_form_they_come_in(task):
     assert reward(task, f"<think>\n</think><answer>{answer}</answer>", ex) == 4
 
 
-WRITTEN = {                            # answers people and models write -> right or not, for these golds
-    "gsm8k": [("#### 1,234.5", {"$1,234.50": 1, "1234.5 dollars": 1, "\\$1{,}234.5": 1, "1\\,234.5": 1, "2469/2": 1, "\\frac{2469}{2}": 1, "1234 1/2": 1,
-                                "1234.5%": 1, "= 1234.5.": 1, "12,34.5": 0, "-1234.5": 0, "1.234.5": 0, "1 234.5": 0, "1234": 0, "1234,5": 0}),
-              ("#### 2", {"2 cm^2": 1, "2\\text{ m}^{2}": 1, "$2": 1, "US$2": 1, "2.00": 1, "4/2": 1, "1 + 1 = 2": 1, "1/2": 0, "1e2": 0, "2e0": 0, "1+2": 0, "2/3": 0,
-                          "10^2": 0, "m2": 0, "3:2": 0, "2,": 1, "-2": 0, "−2": 0, "0,2": 0, "1,2": 0, "2*2": 0, "2/0": 0, "4 2": 1, "2\\%": 1}),
-              ("#### -5", {"-5": 1, "−5": 1, "-$5": 1, "$-5": 1, "-5.0": 1, "5": 0, "x = -5": 1, "10-5": 0})],
-    "math": [("\\frac{1}{8}", {"\\dfrac18": 1, "1/8": 1, "\\tfrac{1}{8}": 1, "x = \\frac{1}{8}": 1, "0.125": 0, "\\frac{3}{24}": 0, "\\frac{8}{1}": 0}),
-             ("58,500", {"58500": 1, "58{,}500": 1, "58\\,500": 1, "58,500.00": 1, "58501": 0, "58": 0}),
-             ("\\$36", {"36": 1, "36.00": 1, "\\$36": 1, "36\\text{ dollars}": 1, "35": 0}), ("2", {"\\frac{6}{3}": 0, "1+1": 0, "2.0": 1, "x=2": 1}),
-             ("\\text{(C)}", {"C": 1, "(C)": 1, "\\textbf{(C)}": 1, "D": 0}), ("\\text{Evelyn}", {"Evelyn": 1, "evelyn": 1, "nylevE": 0, "Angela": 0}),
-             ("even", {"\\text{even}": 1, "neve": 0, "odd": 0}), ("x \\in [-2,7]", {"[-2, 7]": 1, "(-2,7)": 0, "[-2,8]": 0}),
-             ("2516_8", {"2516_{8}": 1, "2516": 0, "1358": 0}), ("16\\sqrt{3}", {"16 \\sqrt 3": 1, "\\sqrt{3} \\cdot 16": 1, "27.712813": 0, "16\\sqrt{2}": 0}),
-             ("1,-2", {"-2,1": 1, "1, -2": 1, "1,2": 0}), ("90^\\circ", {"90": 1, "90^{\\circ}": 1, "\\frac{\\pi}{2}": 0}),
-             ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", {"\\begin{pmatrix}1\\\\2\\end{pmatrix}": 1, "\\begin{pmatrix}2\\\\1\\end{pmatrix}": 0})],
-    "countdown": [("3,4,2=14", {"(3 + 4) * 2": 1, "2 \\times (3+4)": 1, "2 \\cdot \\left(3 + 4\\right) = 14": 1, "14 = (3+4)*2": 1, "[3+4] x 2": 1, "2×(4+3)=14.0": 1,
-                                "The expression is (3+4)*2.": 1, "(3+4)*2 = 15": 0, "3+4*2": 0, "(3+4)*2 = 14 = 14": 0, "(3+4)2": 0, "3+4=7*2=14": 0}),
-                  ("6,3,2=4", {"\\frac{6}{3} + 2": 1, "6/3+2": 1, "6 \\div 3 + 2": 1, "\\frac{6}{2} + 3": 0, "6//3+2": 0})],
+WRITTEN = {                            # gold -> how people and models write a right answer, and what looks like one and is wrong
+    "gsm8k": {
+        "#### 1,234.5": (["$1,234.50", "1234.5 dollars", r"\$1{,}234.5", r"1\,234.5", "2469/2", r"\frac{2469}{2}", "1234 1/2", "1234.5%", "= 1234.5.",
+                          "1,234.5 (rounded)", r"\text{1,234.5 eggs}", "1\u00a0234.5", "**1234.5**"],
+                         ["12,34.5", "-1234.5", "1.234.5", "1 234.5", "1234", "1234,5"]),
+        "#### 2": (["2 cm^2", r"2\text{ m}^{2}", "$2", "US$2", "2.00", "4/2", "1 + 1 = 2", "4 / 2", r"\frac 4 2", r"\approx 2", "2,", r"2\%", r"x \rightarrow 2", "2!"],
+                   ["1/2", "1e2", "2e0", "1+2", "2/3", "10^2", "m2", "3:2", "-2", "−2", "0,2", "1,2", "2*2", "2/0", "4 2", "1, 2", "1 or 2", "1 and 2", "2 million", "2k",
+                    "2 thousand", "- 2", "-{2}", "-(2)", "- $2", "-US$2", "minus 2", r"\sqrt{2}", "2^{2}", "10**2", "3^{2}", r"\frac{x}{2}", "(3)(2)", "3 (2)", "1/2 2", "3 ≠ 2",
+                    r"3 \neq 2", r"3 \times 2", r"3 \cdot 2", "3 × 2", "2 * 3", r"2\sqrt{3}", r"2\pi", "2(3)", "> 2", r"\log 2", r"6 \div 2"]),
+        "#### -5": (["-5", "−5", "-$5", "$-5", "-5.0", "x = -5", "- 5", "minus 5", r"\boxed{-5}"], ["5", "10-5", "10 - 5"]),
+        "#### 2.5": ([r"2 \frac{1}{2}", r"2\frac12", "2 1/2", "5/2", "2.50"], [r"\frac{1}{2}", "2 1/4"])},
+    "math": {
+        r"\frac{1}{8}": ([r"\dfrac18", "1/8", r"\tfrac{1}{8}", r"x = \frac{1}{8}", "1 / 8", r"\frac1{8}", r"\frac{1}8", r"\(\frac{1}{8}\)"],
+                         ["0.125", r"\frac{3}{24}", r"\frac{8}{1}", "1 8", "18"]),
+        "58,500": (["58500", "58{,}500", r"58\,500", "58,500.00", r"58,\!500", "**58500**", r"\$58,500"], ["58501", "58", "58 5", "5 8500", "58,50"]),
+        r"11,\! 111,\! 100": (["11111100", "11,111,100", r"11{,}111{,}100"], ["11,111,1"]),
+        r"\$36": (["36", "36.00", r"\$36", r"36\text{ dollars}", "36 dollars"], ["35", r"36\text{ or 4}", r"36\text{4}", r"36\text{ million}", r"36\mathrm{i}", r"36\text{x}",
+                                                                                r"36\text{.5}", r"36\text{ or more}", "36 million", "36 x", r"36\text{ squared}", "36!"]),
+        "2": (["2.0", "x=2", "x_1 = 2", "AB = 2", "f(2)=2", r"\angle A = 2^\circ", "2°", "2 cm", "2~\\text{cm}", r"\[2\]", r"\boldsymbol{2}", "2."],
+              [r"\frac{6}{3}", "1+1", "2.0000001", "200\\%", "-2", "3 = 1", "20", "1 2", "y+2"]),
+        ".0000672": (["0.0000672"], [".0000671", ".000067", "-.0000672"]), "15\\%": (["15", "15%"], ["0.15", "1500\\%"]),
+        r"\text{(C)}": (["C", "(C)", r"\textbf{(C)}", r"\text{C}", r"\text{(C)}."], ["D", r"\text{(C)}\text{ or (D)}", "CD", "c"]),
+        r"\text{Evelyn}": (["Evelyn", "evelyn"], ["nylevE", "Angela", r"\text{Evelyn}\text{ or Angela}"]),
+        "even": ([r"\text{even}"], ["neve", "odd"]), r"x \in [-2,7]": (["[-2, 7]", r"\left[-2,7\right]"], ["(-2,7)", "[-2,8]", r"\{-2,7\}", "-2,7"]),
+        "2516_8": (["2516_{8}"], ["2516", "1358", "2516_9"]), r"16\sqrt{3}": ([r"16 \sqrt 3", r"\sqrt{3} \cdot 16", "16√3"], ["27.712813", r"16\sqrt{2}", r"16\sqrt{33}"]),
+        "1,-2": (["-2,1", "1, -2", r"\{1,-2\}"], ["1,2", "1,1,-2", "(1,-2)", "1", "[1,-2]"]),
+        "(1,2)": (["(1, 2)", r"\left( 1,2 \right)", "(1.0,2)"], [r"\{1,2\}", "(2,1)", "1,2", "[1,2]", "(1,2,2)", "(1.0000001,2)"]),
+        "2k+2": (["2 + 2k", "2(k+1)", "2k + 2"], ["2K+2", "2x+2", "2k+3"]), r"90^\circ": (["90", r"90^{\circ}", "90 degrees", r"90\text{ degrees}"], [r"\frac{\pi}{2}"]),
+        r"15\mbox{ cm}^2": (["15", r"15\text{ cm}^2", "15 cm^2", "15 square cm"], ["225", "15^2"]),
+        r"\frac32,-\frac12": ([r"-\frac{1}{2}, \frac{3}{2}"], ["1.5,-0.5", r"\frac64,-\frac12"]), r"(-\infty,0]": (["(−∞,0]", r"(-\infty, 0]"], [r"(-\infty,0)", r"[-\infty,0]"]),
+        r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}": ([r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}"])},
+    "countdown": {
+        "3,4,2=14": (["(3 + 4) * 2", r"2 \times (3+4)", r"2 \cdot \left(3 + 4\right) = 14", "14 = (3+4)*2", "[3+4] x 2", "2×(4+3)=14.0", "The expression is (3+4)*2.",
+                      "(3+4) ⋅ 2", r"(3+4) \ast 2", "$(3+4)*2$", "so: (3+4)*2"],
+                     ["(3+4)*2 = 15", "3+4*2", "(3+4)*2 = 14 = 14", "(3+4)2", "3+4=7*2=14", r"\sqrt{3+4}*2", r"\log(3+4)*2", "5^{(3+4)*2}", "5*e*(3+4)*2", "(3+4)*2!",
+                      "(3+4)*2 + five", "15 ≠ (3+4)*2", r"15 \neq (3+4)*2", r"(3+4)*2 \cdot \pi", "(3+4)*2x", "x(3+4)*2", "(3+4)*2-", "1 (3+4)*2"]),
+        "6,3,2=4": ([r"\frac{6}{3} + 2", "6/3+2", r"6 \div 3 + 2", r"\frac63+2"], [r"\frac{6}{2} + 3", "6//3+2"]), "84,2=168": (["84*2"], [r"\frac84*2"])},
+    "sudoku": {
+        "3142243142131324": (["3142\n2431\n4213\n1324", "3 1 4 2 | 2 4 3 1 | 4 2 1 3 | 1 3 2 4", "3142 2431 4213 1324", "Row 1: 3142 Row 2: 2431 Row 3: 4213 Row 4: 1324",
+                              "The 4x4 solution is:\n3142\n2431\n4213\n1324", "3102200002100320 is solved by 3142243142131324"],
+                             ["3142 2431 4213 132", "1324421324313142", "3142243142131325"])},
 }
 
 
 @pytest.mark.parametrize("task", WRITTEN)
 def test_answers_as_they_are_written(task):
-    for gold, answers in WRITTEN[task]:
+    wrong = []
+    for gold, (right_ones, wrong_ones) in WRITTEN[task].items():
         ex = {"question": "", "problem": "", "answer": gold}
         if task == "countdown":
             ex = {"nums": [int(x) for x in gold.split("=")[0].split(",")], "target": int(gold.split("=")[1])}
-        for answer, right in answers.items():
-            for text in (f"<answer>{answer}</answer>", f"<think>1 2</think><answer>\\boxed{{{answer}}}</answer>"):
-                assert grade(task, text, ex) == right, (gold, text)
+        if task == "sudoku":
+            ex = EXAMPLES[task]
+        for answers, right in ((right_ones, True), (wrong_ones, False)):
+            for answer in answers:
+                for text in (f"<answer>{answer}</answer>", f"<think>1 2</think><answer>\\boxed{{{answer}}}</answer>"):
+                    if (grade(task, text, ex) == 1) != right:
+                        wrong.append((gold, text, right))
+    assert not wrong
+
+
+def test_an_answer_is_read_up_to_a_size():
+    ex = {"problem": "", "answer": "1"}
+    assert grade("math", "<answer>" + "(" * 200 + "1" + ")" * 200 + "</answer>", ex) == 0 and grade("math", f"\\boxed{{1{' ' * 600}}}", ex) == 1
+    assert grade("math", f"\\boxed{{1{'+0' * 300}}}", ex) == 0 and TASKS["math"].beside[1](f"\\boxed{{1{'+0' * 300}}}", ex) == 0
+    assert grade("gsm8k", "72" + " " * rewards.MAX_CHARS + "<answer>72</answer>", EXAMPLES["gsm8k"]) == 1
+    assert grade("gsm8k", "<answer>72" + ". so" * rewards.MAX_CHARS, EXAMPLES["gsm8k"]) == 0             # only the end is read
+    assert grade("countdown", "<answer>" + "(" * 21 + "3+4" + ")" * 21 + "*2</answer>", EXAMPLES["countdown"]) == 0
+    assert grade("countdown", "<answer>" + "(" * 19 + "3+4" + ")" * 19 + "*2</answer>", EXAMPLES["countdown"]) == 1
 
 
 def test_equal_in_value_is_shown_beside_equal_in_form():
@@ -211,13 +251,42 @@ def test_the_time_limit_holds_in_threads_and_processes_alike():
     assert time.perf_counter() - clock < 12 * (rewards.MATH_LIMIT + 5)
 
 
-def test_a_killed_math_process_is_started_again():
-    assert grade("math", "\\sqrt{3}*(20-4)", EQUAL) == 1
-    process = rewards._worker.process
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    grade("math", "\\sqrt{3}*(21-5)", EQUAL)                                            # lost with it
-    assert grade("math", "\\sqrt{3}*(22-6)", EQUAL) == 1 and rewards._worker.process is not process
+def test_a_lost_verdict_is_asked_again_and_an_interrupted_one_is_never_anothers(monkeypatch):
+    assert grade("math", "\\sqrt{3}*(24-8)", EQUAL) == 1
+    os.kill(rewards._worker.process.pid, signal.SIGKILL)
+    assert grade("math", "\\sqrt{3}*(25-9)", EQUAL) == 1                                  # killed by somebody: asked once more
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(KeyboardInterrupt):
+            grade("math", "9^{9^{9^{9}}}*\\sqrt{3}", EQUAL)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [grade("math", f"\\sqrt{{3}}*{n}", EQUAL) for n in (15, 14, 13)] == [0, 0, 0]
+
+
+def test_a_fork_while_another_thread_waits_does_not_hang():
+    thread = threading.Thread(target=grade, args=("math", "9^{9^{9^{9}}}+\\sqrt{3}", EQUAL))
+    thread.start()
+    time.sleep(1)                                                                         # it holds the lock now
+    queue = multiprocessing.get_context("fork").Queue()
+    child = multiprocessing.get_context("fork").Process(target=lambda: queue.put(grade("math", "\\sqrt{3}*(26-10)", EQUAL)), daemon=True)
+    child.start()
+    assert queue.get(timeout=60) == 1
+    child.join(60)
+    thread.join(60)
+
+
+def test_an_ignored_alarm_in_our_process_does_not_lift_the_limit(monkeypatch):
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(rewards, "_worker", rewards.MathWorker())
+        assert grade("math", "9^{9^{9^{9}}}-\\sqrt{3}", EQUAL) == 0
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_missing_library_is_told_and_not_graded_as_wrong(monkeypatch):

@@ -395,8 +395,8 @@ def test_a_folder_with_another_configuration_is_refused(here, quick, capsys):
 def test_train_and_held_out_examples_share_no_statement():
     for task in ("sudoku", "countdown"):
         for seed in range(2):
-            train = {TASKS[task].statement(ex) for ex in TASKS[task].generate(400, seed, "train")}
-            test = {TASKS[task].statement(ex) for ex in TASKS[task].generate(200, 0, "test")}
+            train = {TASKS[task].key(ex) for ex in TASKS[task].generate(400, seed, "train")}
+            test = {TASKS[task].key(ex) for ex in TASKS[task].generate(200, 0, "test")}
             assert not train & test and len(train) > 50 and len(test) > 50
 
 
