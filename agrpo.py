@@ -786,11 +786,13 @@ def config_for(task: str) -> Config:
 
 
 def with_prompt(cfg: Config) -> Config:
-    """The prompt settled: the one given, or the one its checkpoint was trained with here, or the tiny model's, or the published one."""
-    known = Path(cfg.model) / "agrpo.json"
-    known = run_folder.read_json(known) if cfg.model != "tiny" and not cfg.prompt and known.is_file() else {}
-    return dataclasses.replace(cfg, prompt=cfg.prompt or str(known.get("prompt") or ("bare" if cfg.model == "tiny" else "agrpo")),
-                               system_prompt=cfg.system_prompt or str(known.get("system_prompt", "")))
+    """The prompt settled: the one given, else the one this checkpoint was trained with here, else the published one."""
+    if cfg.prompt:
+        return cfg
+    saved = Path(cfg.model) / "agrpo.json"
+    known = run_folder.read_json(saved) if saved.is_file() else {}
+    style = known.get("prompt") or ("bare" if known or cfg.model == "tiny" else "agrpo")
+    return dataclasses.replace(cfg, prompt=str(style), system_prompt=cfg.system_prompt or str(known.get("system_prompt", "")))
 
 
 def steps_of(cfg: Config) -> list[int]:

@@ -455,7 +455,7 @@ def locked_completions(path: Path, settings: dict, overwrite: bool):
 def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     """Grade the completions of a file again, ours or {question, completion, gold} as d1 publishes them; print what changed."""
     settings, rows = read_completions(path)
-    task, groups, beside = task or str(settings.get("task")), {}, None
+    task, groups = task or str(settings.get("task")), {}
     if task not in TASKS or not rows:
         raise BadInput(f"--regrade {path}: no completions in it" if not rows else f"--regrade {path}: give --task ({', '.join(TASKS)})")
     if out:
@@ -543,7 +543,8 @@ def run(args) -> int:
     name = Path(cfg.model).parent.name if Path(cfg.model).name == "model" else Path(cfg.model).name
     out = Path(args.out or f"runs/eval-{cfg.task}-{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.jsonl")
     with locked_completions(out, settings, args.overwrite) as (stored, f):
-        if any(row["index"] < len(examples) and row["example"] != examples[row["index"]] for row in stored):
+        stored = [row for row in stored if row["index"] < len(examples)]             # a smaller --limit takes what it needs
+        if any(row["example"] != examples[row["index"]] for row in stored):
             raise BadInput(f"{out} holds completions of other examples: --overwrite replaces them, --out FILE.jsonl goes elsewhere")
         for length, steps in shapes:
             at, shape = dataclasses.replace(cfg, completion_length=length, steps=steps), {"length": length, "steps": steps}
@@ -554,7 +555,8 @@ def run(args) -> int:
             def save(rows, exs, shape=shape):
                 f.writelines(json.dumps({**shape, **row, "example": ex}) + "\n" for row, ex in zip(rows, exs))
                 f.flush()
-            done = {(row["index"], row["sample"]): row for row in stored if shape.items() <= row.items()}
+            done = {(row["index"], row["sample"]): {**row, **grade_row(cfg.task, row["completion"], row["example"])}
+                    for row in stored if shape.items() <= row.items()}               # one grader for all, also after an update
             results.append({**shape, **evaluate(generate, cfg.task, examples, args.batch, args.samples, done, save)})
             if cfg.data and TASKS[cfg.task].generate:                                # a file's puzzles may have been made for training too
                 held = [place for place, ex in enumerate(examples) if held_out(cfg.task, ex)]

@@ -462,7 +462,7 @@ class MathWorker:
     def start(self):
         path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(                                     # a session of its own: Ctrl-C is not for it
-            [sys.executable, "-P", "-c", "import rewards; rewards.math_worker()"], env={**os.environ, "PYTHONPATH": path}, text=True,
+            [sys.executable, "-P", "-c", f"import rewards; rewards.math_worker({MATH_LIMIT})"], env={**os.environ, "PYTHONPATH": path}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         if self.process.stdout.readline() != "ready\n":
             raise BadInput("math-verify does not start; is it installed? pip install -r requirements.txt")
@@ -494,8 +494,8 @@ class MathWorker:
         return False
 
 
-def math_worker():
-    """Of each line [gold, answer] on stdin whether math-verify finds them equal, 1 or 0, on stdout."""
+def math_worker(limit: int):
+    """Of each line [gold, answer] on stdin whether math-verify finds them equal, 1 or 0, on stdout; ends after `limit` seconds on one."""
     import resource
     from math_verify import parse, verify
     signal.signal(signal.SIGALRM, signal.SIG_DFL)                            # it ends the process, whatever we inherited
@@ -503,7 +503,7 @@ def math_worker():
     resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.alarm(MATH_LIMIT)
+        signal.alarm(limit)
         try:
             gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
             equal = verify(gold, answer, float_rounding=12, timeout_seconds=None)

@@ -54,16 +54,21 @@ def mutate(text: str, rng: random.Random) -> str:
 
 
 def fuzz(task: str, n: int, seed: int = 0) -> float:
-    """Worst processor seconds of this thread (math-verify has its own process) to grade one completion. Raises AssertionError."""
+    """Worst processor seconds of one grading in this thread (math-verify has its own process). Raises AssertionError."""
     rng, real, row, worst = random.Random(seed), texts_of(task), rewards.TASKS[task], 0.0
+
+    def timed(function, *given):
+        nonlocal worst
+        clock = time.thread_time()
+        value = function(*given)
+        worst = max(worst, time.thread_time() - clock)
+        return value
     for _ in range(n):
         text, example = mutate(rng.choice(real), rng), rng.choice(IMPOSSIBLE[task])
-        clock = time.thread_time()
-        grade, parts = rewards.grade(task, text, example), rewards.reward_parts(task, text, example)
-        answer, beside = row.answer(text), row.beside[1](text, example) if row.beside else 0
-        worst = max(worst, time.thread_time() - clock)
+        grade, parts = timed(rewards.grade, task, text, example), timed(rewards.reward_parts, task, text, example)
+        beside = timed(row.beside[1], text, example) if row.beside else 0
         assert 0 <= grade < 1 and 0 <= beside < 1 and 0 <= sum(parts.values()) < 4 and all(v >= 0 for v in parts.values()), (task, text[:2000])
-        assert hash(answer) is not None
+        assert hash(timed(row.answer, text)) is not None
     return worst
 
 

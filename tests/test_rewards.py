@@ -228,6 +228,17 @@ def test_published_generations_grade_as_published():
 EQUAL = {"problem": "", "answer": "16\\sqrt{3}"}
 
 
+@pytest.fixture
+def one_second(monkeypatch):
+    """A worker with a limit of a second."""
+    monkeypatch.setattr(rewards, "MATH_LIMIT", 1)
+    monkeypatch.setattr(rewards, "_worker", rewards.MathWorker())
+    rewards.math_equal.cache_clear()
+    yield
+    if rewards._worker.process:
+        rewards._worker.stop()
+
+
 def verdicts(queue=None):
     found = [grade("math", answer, EQUAL) for answer in ("\\sqrt{3}*16", "9^{9^{9^{9}}}", "16*\\sqrt{3}", "\\sqrt{3}*15")]
     if queue is not None:
@@ -235,7 +246,7 @@ def verdicts(queue=None):
     return found
 
 
-def test_the_time_limit_holds_in_threads_and_processes_alike():
+def test_the_time_limit_holds_in_threads_and_processes_alike(one_second):
     clock, found = time.perf_counter(), []
     threads = [threading.Thread(target=lambda: found.append(verdicts())) for _ in range(2)]
     queue = multiprocessing.get_context("fork").Queue()
@@ -248,10 +259,10 @@ def test_the_time_limit_holds_in_threads_and_processes_alike():
     for worker in (*children, *threads):
         worker.join(60)
     assert found == [[1, 0, 1, 0]] * 3
-    assert time.perf_counter() - clock < 12 * (rewards.MATH_LIMIT + 5)
+    assert time.perf_counter() - clock < 60                                           
 
 
-def test_a_lost_verdict_is_asked_again_and_an_interrupted_one_is_never_anothers(monkeypatch):
+def test_a_lost_verdict_is_asked_again_and_an_interrupted_one_is_never_anothers():
     assert grade("math", "\\sqrt{3}*(24-8)", EQUAL) == 1
     os.kill(rewards._worker.process.pid, signal.SIGKILL)
     assert grade("math", "\\sqrt{3}*(25-9)", EQUAL) == 1                                  # killed by somebody: asked once more
@@ -268,10 +279,11 @@ def test_a_lost_verdict_is_asked_again_and_an_interrupted_one_is_never_anothers(
     assert [grade("math", f"\\sqrt{{3}}*{n}", EQUAL) for n in (15, 14, 13)] == [0, 0, 0]
 
 
-def test_a_fork_while_another_thread_waits_does_not_hang():
+def test_a_fork_while_another_thread_waits_does_not_hang(one_second):
     thread = threading.Thread(target=grade, args=("math", "9^{9^{9^{9}}}+\\sqrt{3}", EQUAL))
     thread.start()
-    time.sleep(1)                                                                         # it holds the lock now
+    while not rewards._worker.lock.locked():
+        time.sleep(0.01)
     queue = multiprocessing.get_context("fork").Queue()
     child = multiprocessing.get_context("fork").Process(target=lambda: queue.put(grade("math", "\\sqrt{3}*(26-10)", EQUAL)), daemon=True)
     child.start()
@@ -280,10 +292,9 @@ def test_a_fork_while_another_thread_waits_does_not_hang():
     thread.join(60)
 
 
-def test_an_ignored_alarm_in_our_process_does_not_lift_the_limit(monkeypatch):
+def test_an_ignored_alarm_in_our_process_does_not_lift_the_limit(one_second):
     before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(rewards, "_worker", rewards.MathWorker())
         assert grade("math", "9^{9^{9^{9}}}-\\sqrt{3}", EQUAL) == 0
     finally:
         signal.signal(signal.SIGALRM, before)
