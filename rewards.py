@@ -56,8 +56,8 @@ def last_boxed(text: str) -> str | None:
     for m in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]", text):
         if m[0].endswith("{") and m[0] != "\\{":
             opened.append(m.end() if len(m[0]) > 1 else -1)
-        elif m[0] == "}" and opened and (start := opened.pop()) > best[0]:
-            content = text[start:m.start()].strip()
+        elif m[0] == "}" and opened and (start := opened.pop()) > best[0] and len(opened) < 20:
+            content = text[start:m.start()].strip()                          # (deeper nesting would take quadratic time)
             best = best if PLACEHOLDER.fullmatch(content) else (start, content)
     return best[1]
 
@@ -89,6 +89,7 @@ def sudoku_cells(completion: str) -> tuple[str, bool]:
     (('1234341221434321', True), ('123434', False), ('', False))
     """
     answer, marked = find_answer(completion)
+    answer = re.sub(r"(?i)\brow\s*[1-4]\s*:|4\s?[x×]\s?4", " ", answer)
     digits = re.sub(r"[^0-9]", "", answer)
     runs, rows = (re.findall(rf"(?<![0-9])[0-9]{{{n}}}(?![0-9])", answer) for n in (16, 4))
     if len(digits) == 16 or runs or len(rows) > 3:
@@ -197,7 +198,7 @@ def sudoku_row(row: dict) -> dict:
 LATEX = [(re.compile(p), r) for p, r in (
     (r"\\[dtc]?frac\s*([0-9])\s*([0-9])", r"((\1)/(\2))"), (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
     (r"\\(?:times|cdot|ast)(?![A-Za-z])|\\\*|[×·⋅∙∗]", "*"), (r"\\div(?![A-Za-z])|÷", "/"), (r"[−–]", "-"),
-    (r"\\left|\\right|\\[()\[\],;!]|\$", ""), (r"[\[{]", "("), (r"[\]}]", ")"), (r"(?<=[0-9)])(\s?)[xX](?=\s?[0-9(])", r"\1*"))]
+    (r"\\(?:left|right|displaystyle|text)(?![A-Za-z])|\\[()\[\],;!]|\$", ""), (r"(?<!\s)\s++(?==)", " "), (r"[\[{]", "("), (r"[\]}]", ")"), (r"(?<=[0-9)])(\s?)[xX](?=\s?[0-9(])", r"\1*"))]
 EXPRESSION = re.compile(r"(?:(?<![^\s:,;])|(?=[ \t]))[-+*/()=0-9. \t]++(?:(?<=[ \t.])|(?![^\s:,;!]))")     # not glued to a word
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -245,11 +246,11 @@ def countdown_expression(completion: str) -> tuple[Fraction, list[int]] | None:
     >>> countdown_expression("<answer>\\\\boxed{3 \\\\times (4 - 1) = 9}</answer>"), countdown_expression("3 * 3 = 8")
     ((Fraction(9, 1), [3, 4, 1]), None)
     """
-    text = find_answer(completion)[0][-2000:]
+    text = find_answer(completion)[0][-2000:].strip("*`'\" ")
     for pattern, replacement in LATEX:
         text = pattern.sub(replacement, text)
     chunks = [chunk for chunk in EXPRESSION.findall(text) if re.search("[0-9]", chunk)]
-    if not chunks or re.search(r"[\\^!%_√≠<>≤≥]", text):                    # something is done to it that is not read here
+    if not chunks or re.search(r"[\\^!%_√≠<>≤≥]|\b(?:sqrt|log|ln|exp|sin|cos|tan|squared|cubed)\b", text):     # done more than we read
         return None
     sides = [side.strip() for side in chunks[-1].strip("=. \t").split("=")]
     number = re.compile(r"-?[0-9]{1,9}(?:\.0*)?")
@@ -340,16 +341,20 @@ def countdown_row(row: dict) -> dict:
 # --------------------------------------------------------------------------------------------------------------- GSM8K
 TYPESETTING = [(re.compile(p), r) for p, r in (
     (r"\\[dtc]?frac\s*\{?([0-9]+)\}?\s*\{?([0-9]+)\}?", r" \1/\2"), (r"\\[,;!: ]|\{,\}|\\(?=[$%])|(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9])", ""),
-    (r"[−–]", "-"), (r"\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[×·⋅]|(?<=[0-9])\s?\*\*\s?(?=[0-9])", "*"), (r"\\div(?![A-Za-z])|÷", "/"), (r"\*\*|\\text\w*\s*\{", " "),
-    (r"(?<=[A-Za-z})])\s?\^\s?\{?-?[0-9]+\}?|\^\s?\{?\\circ\}?", ""), (r"(?<=[0-9])\s+\([^()]*\)\s*\.?\s*$", ""))]    # powers of units, (asides)
+    (r"[−–‐﹣－]", "-"), (r"\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[×·⋅•∙]|(?<=[0-9])\s?\*\*\s?(?=[0-9])", "*"), (r"\\div(?![A-Za-z])|÷", "/"), (r"\*\*|\\(?:text|mbox|underline|bf)\w*\s*\{?", " "),
+    (r"(?<=[A-Za-z])\}?\s?\^\s?\{?-?[0-9]+\}?|\^\s?\{?\\circ\}?", ""), (r"(?<=[0-9])\s+\((?![a-z]*(?:thousand|million))[^()]*\)\s*+\.?\s*+$", ""))]    # powers of units, (asides)
 _RUN = r"[-+]?[$€£¥]?[-+]?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
 ARITHMETIC = re.compile(rf"(?<![A-Za-z0-9_^])(?:[-+]?[0-9]+\s+(?=[0-9]+\s?/\s?[0-9]))?{_RUN}(?:(?:\s?[-+*/^x]\s?|:){_RUN})*")
 NUMBER = re.compile(r"([-+]?)[$€£¥]?([-+]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 FRACTION = re.compile(r"([-+]?)(?:([0-9]+)\s+)?([0-9]+)\s?/\s?([0-9]+)")
-MINUS = re.compile(r"(?:^|[^A-Za-z0-9)}\]\s])\s*-\s*(?:US)?[$€£¥]?\s*$|\bminus\s+$")             # of a number, apart from it
-NOT_ALONE = re.compile(r"[*/^≠<>≤≥√]\s*[\[({]*\s*$|[0-9})\]]\s*[-+]?\s*[\[({]\s*$|[0-9][,;]?\s+(?:or\s+|and\s+)?$|-\s*(?:US\$|[\[({])\s*$"
-                       r"|\\(?!boxed|fbox|left|approx|quad|qquad|therefore|implies|rightarrow|to|math|displaystyle)[A-Za-z]+\s*[\[({]*\s*$")
-MULTIPLIED = re.compile(r"\s*(?:[kK]\b|hundred|thousand|million|billion|trillion|\}?\s*\^|\(|\\sqrt|\\pi)")
+MINUS = re.compile(r"(?:^|[^A-Za-z0-9)}\]\s])\s*-\s*(?:US)?[$€£¥]?\s*$|\b(?:minus|negative)\s+$")       # of a number, apart from it
+NOT_ALONE = re.compile(                # what before a number says that it is not the answer: an operator, a bracket, another guess, a command
+    r"[*/^+≠<>≤≥√]\s*[\[({]*\s*$|[0-9})\]]\s*[-+]?\s*[\[({]\s*$|[0-9]\s*(?:[;|&,]|\\\\)?[ \t]+$|[0-9][;|&]\s*$|-\s*(?:US\$|\\?[\[({]|\\left\W)\s*$"
+    r"|[0-9][^0-9.\n]{0,20}\b(?:or|and|to|through)\s+(?:\w+\s+)?$|\b(?:half|%|percent) of\s+$|\b(?:sqrt|log|ln|not|than)\s*\(?\s*$|[A-Za-z]\s-\s$"
+    r"|\\(?!boxed|fbox|left|approx|quad|qquad|therefore|implies|[Ll]?(?:ong)?[Rr]ightarrow|to|math|displaystyle)[A-Za-z]+\s*[\[({]*\s*$|\|$")
+MULTIPLIED = re.compile(               # what after it says so
+    r"\s*(?:[kKMB]\b|(?:mil|bn|hundred|thousand|million|billion|trillion|dozen|squared|cubed|pi)\b|[²³½π|]|[)}]*\s*\^|\(|\\(?:sqrt|pi|times|cdot|left)|[-+*/]\s?[A-Za-z]\b)"
+    r"|[xyn]\b")
 
 
 def last_number(text: str) -> Fraction | None:
@@ -394,18 +399,20 @@ def gsm8k_grade(completion: str, example: dict) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------- MATH
 UNICODE = str.maketrans({"−": "-", "–": "-", "∞": "\\infty ", "π": "\\pi ", "√": "\\sqrt ", "°": "", "×": "\\times ", "·": "\\cdot ", "∪": "\\cup "})
-UNIT = (r"(?!.*\b(?:or|and|to|of|hundred|thousand|million|billion|trillion|dozen|squared|cubed|remainder|plus|minus|times|over|half)\b)"
-        r"(?:(?:[a-z]{2,}|[mgshL])\b[\s.]*)+")
+UNIT = (r"(?!.*\b(?:or|and|to|more|less|least|most|than|not|hundred|thousand|million|billion|trillion|lakh|dozens?|squared|cubed|remainder|plus|minus|times|over|"
+        r"divided|by|choose|mod|factorial|infinity|half|halves|thirds|tenths|pi|sqrt|ln|log|sin|cos|tan|exp|rad|radians?)\b)(?:(?:[A-Za-z/]{2,}|[mgshL])\b[\s.]*)+")
 MATH_STYLE = [(re.compile(p), r) for p, r in (                               # what does not change an answer
-    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\[()\[\]]|\\?\$|\\?%|\^\s*\{?\\circ\}?|\\degree|^\*\*|\*\*$", ""),
-    (r"(?<=[0-9])(?:,|\{,\}|,?\\[,!;:])\s*(?=[0-9]{3}(?![0-9]))", ""), (r"(?<!\\)\\[,;!: ]|~", " "),     # thousands; spaces
-    (rf"(?<=[0-9}}])\s*(?:\\(?:text|mathrm|mbox|textrm)\s*\{{\s*{UNIT}\}}|(?<=[0-9])\s+{UNIT})(?:\^\{{?[0-9]\}}?)?\s*$", ""),
+    (r"^.{0,40}?\b(?:[Aa]nswer|[Vv]alue|[Rr]esult)\b(?:\s+is)?\s*:?\s*|^[*`=\s]+|(?<![*`\s.])[*`\s.]++$", ""), (r"^\\(?:boldsymbol|mathbf|bm)\s*\{(.*)\}$", r"\1"),
+    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\[()\[\]]|\\?\$|\\?%|\^\s*\{?\\circ\}?|\\degree", ""), (r"[.,;\s]+$", ""),
+    (r"(?<=[0-9])(?:,|\{,\}|,?\\[,!;:])\s*(?=[0-9]{3}(?![0-9]))", ""), (r"(?<!\\)\\[,;!: ]|\\q?quad(?![A-Za-z])|~", " "),     # thousands; spaces
+    (rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*(?:\\(?:text|mathrm|mbox|textrm)\s*\{{\s*{UNIT}\}}|(?<=[0-9])\s+{UNIT})(?:\^\{{?[0-9]\}}?)?[.\s]*$", ""),
     (r"\\(?:text|mathrm|mathbf|textbf|boldsymbol|mbox|textrm)\s*\{([^{}]*)\}", r" \1 "), (r"[.,;\s]+$", ""),
-    (r"^\s*(?:\\angle\s*)?(?:[A-Za-z]|[A-Z]{2,3})(?:_\{?\w\}?|\(\w\))?\s*(?:=|\\in(?![A-Za-z]))", ""), (r"^\s*\(([A-Za-z])\)\s*$", r"\1"),
+    (r"^\s*(?:\\angle\s*)?(?:[A-Za-z]|[A-Z]{2,3}|\\[a-z]+)(?:_\{?\w+\}?|\(-?\w\))?\s*(?:=|\\in(?![A-Za-z]))", ""), (r"^\s*\(([A-Za-z])\)\s*$", r"\1"),
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"), (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
     (r"\\frac\s*(\{[^{}]*\})\s*([0-9])", r"\\frac\1{\2}"), (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
-    (r"^\s*(-?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)\s*$", r"\1\\frac{\2}{\3}"), (r"^\s*(-?)([0-9]+)\s*/\s*([0-9]+)\s*$", r"\1\\frac{\2}{\3}"),
+    (r"^\s*(-?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)\s*$", r"\1\\frac{\2}{\3}"), (r"(?<![0-9A-Za-z}.])([0-9]+)\s*/\s*([0-9]+)(?![0-9A-Za-z{.])", r"\\frac{\1}{\2}"),
     (r"(?<![0-9])\.(?=[0-9])", "0."), (r"(\.[0-9]*?)0+(?![0-9])", r"\1"), (r"\.(?![0-9])", ""), (r"(?<![0-9])\s+|\s+(?![0-9])", ""))]
+LABEL = re.compile(r"\s*([A-Za-z])\s*=")
 MATH_LIMIT, MATH_CHARS = 5, 500        # seconds for one comparison, kept by the operating system; characters of an answer
 
 
@@ -421,12 +428,16 @@ def math_normal(answer: str) -> str:
     return answer
 
 
+def without_braces(normal: str) -> str:
+    return re.sub(r"^\\\{(.*)\\\}$", r"\1", normal)
+
+
 def math_form(normal: str) -> tuple:
-    """How a normalised answer is written: its outer bracket, ( or [ or none, then sorted of each of its items decimal, fraction (in
+    """How a normalised answer is written: its outer brackets, such as [), or none, then sorted of each of its items decimal, fraction (in
     lowest terms), unreduced (fraction), base B, word or other.
 
     >>> math_form("(0.5,2)"), math_form(r"\\frac{3}{24}"), math_form("2516_8"), math_form("(x+1)(x-1)")
-    (('(', 'decimal', 'decimal'), ('', 'unreduced'), ('', 'base 8'), ('', 'other'))
+    (('()', 'decimal', 'decimal'), ('', 'unreduced'), ('', 'base 8'), ('', 'other'))
     """
     def form(item):
         if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", item):
@@ -437,14 +448,14 @@ def math_form(normal: str) -> tuple:
             return f"base {m[1]}"
         return "word" if re.fullmatch(r"[A-Za-z]{2,}", item) else "other"
 
-    text = re.sub(r"^\\\{(.*)\\\}$", r"\1", normal)                          # a set is the list of its items
+    text = without_braces(normal)                                            # a set is the list of its items
     depth = list(itertools.accumulate((c in "([{") - (c in ")]}") for c in text))
     inside = text[:1] in ("(", "[") and 0 not in depth[:-1]
     items = [""]
     for c, d in zip(text, depth):
         items = [*items, ""] if c == "," and d == inside else [*items[:-1], items[-1] + c]
     if inside and len(items) > 1:
-        return text[0], *sorted(map(form, [items[0][1:], *items[1:-1], items[-1][:-1]]))
+        return text[0] + text[-1], *sorted(map(form, [items[0][1:], *items[1:-1], items[-1][:-1]]))
     return "", *sorted(map(form, [text] if inside else items))
 
 
@@ -520,15 +531,20 @@ _worker = MathWorker()
 def math_equal(gold: str, answer: str) -> bool:
     """Whether two LaTeX answers are equal in value, however they are written: by math-verify, unless the strings settle it."""
     a, b = math_normal(gold), math_normal(answer)
-    if a == b or not a or not b or len(answer) > MATH_CHARS:
-        return a == b != "" and len(answer) <= MATH_CHARS
+    labels = [m[1] for m in map(LABEL.match, (gold, answer)) if m]
+    if not a or not b or len(answer) > MATH_CHARS or len({*labels}) > 1:     # y = x + 1 is not x = x + 1
+        return False
+    if "%" in answer and "%" not in gold and not b.isdecimal():              # 10% may answer "what percentage", 0.15% not
+        return False
+    if a == b:
+        return True
     nesting = list(itertools.accumulate(((c == "{") - (c == "}") for c in re.sub(r"\\[{}]", "", answer)), initial=0))
     if nesting[-1] or min(nesting) < 0 or "boxed" in answer or not answer.isprintable():     # it would escape the box it is put in
         return False
     (bracket, *forms), (other, *others) = math_form(a), math_form(b)
     letters = [set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", x))) for x in (a, b)]
     if forms == others == ["decimal"]:
-        return Fraction(a) == Fraction(b)                                    # math-verify rounds
+        return Fraction(without_braces(a)) == Fraction(without_braces(b))    # math-verify rounds
     if "word" in [*forms, *others]:
         return a.lower() == b.lower()                                        # ... reads words as letters that commute
     if bracket != other or len(forms) != len(others) or letters[0] != letters[1]:
@@ -554,7 +570,8 @@ def math_value(completion: str, example: dict) -> float:
 
 def math_grade(completion: str, example: dict) -> float:
     """1 if the answer equals the example's and is written in the same form: a fraction in lowest terms, a decimal, a number in
-    its base. The dataset asks for that ("as a common fraction"), and the published tables count so; math_value does not ask.
+    its base, and not as an expression copied from the problem. The dataset asks for that ("as a common fraction"), and the
+    published tables count so; math_value does not ask.
 
     >>> [math_grade(rf"\\boxed{{{a}}}", {"problem": "", "answer": r"\\frac{1}{8}"}) for a in ("1/8", r"\\dfrac18", "0.125", "3/24")]
     [1.0, 1.0, 0.0, 0.0]
@@ -562,7 +579,8 @@ def math_grade(completion: str, example: dict) -> float:
     gold, answer = example["answer"], math_answer(completion)
     a, b = math_normal(gold), math_normal(answer)
     in_form = a == b or (form := math_form(a)) == math_form(b) and "unreduced" not in form
-    return float(in_form and math_equal(gold, answer))
+    echo = a != b and re.search(r".[-+*/^]|\\", b) and b in math_normal(example["problem"][:5000])     # the task, not its solution
+    return float(in_form and not echo and math_equal(gold, answer))
 
 
 def tag_parts(completion: str, grade: float) -> dict:

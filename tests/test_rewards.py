@@ -59,23 +59,24 @@ def test_right_answers_in_every_form_they_come_in(task):
 WRITTEN = {                            # gold -> how people and models write a right answer, and what looks like one and is wrong
     "gsm8k": {
         "#### 1,234.5": (["$1,234.50", "1234.5 dollars", r"\$1{,}234.5", r"1\,234.5", "2469/2", r"\frac{2469}{2}", "1234 1/2", "1234.5%", "= 1234.5.",
-                          "1,234.5 (rounded)", r"\text{1,234.5 eggs}", "1\u00a0234.5", "**1234.5**"],
+                          "1,234.5 (rounded)", r"\text{1,234.5 eggs}", "1\u00a0234.5", "**1234.5**", "`1234.5`", r"\underline{1234.5}", "1200 + 34.5\n1234.5", "Total: 1234.5"],
                          ["12,34.5", "-1234.5", "1.234.5", "1 234.5", "1234", "1234,5"]),
         "#### 2": (["2 cm^2", r"2\text{ m}^{2}", "$2", "US$2", "2.00", "4/2", "1 + 1 = 2", "4 / 2", r"\frac 4 2", r"\approx 2", "2,", r"2\%", r"x \rightarrow 2", "2!"],
                    ["1/2", "1e2", "2e0", "1+2", "2/3", "10^2", "m2", "3:2", "-2", "−2", "0,2", "1,2", "2*2", "2/0", "4 2", "1, 2", "1 or 2", "1 and 2", "2 million", "2k",
                     "2 thousand", "- 2", "-{2}", "-(2)", "- $2", "-US$2", "minus 2", r"\sqrt{2}", "2^{2}", "10**2", "3^{2}", r"\frac{x}{2}", "(3)(2)", "3 (2)", "1/2 2", "3 ≠ 2",
-                    r"3 \neq 2", r"3 \times 2", r"3 \cdot 2", "3 × 2", "2 * 3", r"2\sqrt{3}", r"2\pi", "2(3)", "> 2", r"\log 2", r"6 \div 2"]),
+                    r"3 \neq 2", r"3 \times 2", r"3 \cdot 2", "3 × 2", "2 * 3", r"2\sqrt{3}", r"2\pi", "2(3)", "> 2", r"\log 2", r"6 \div 2", "(2)^2", "{2}^2", "2²", "1 egg or 2 eggs", "1 or maybe 2", "1 to 2", "1;2", "1 & 2", r"2 \times x", "2 / x", "2x", "2π", "50% of 2", "half of 2",
+                    "sqrt(2)", "not 2", "less than 2", "2M", "2 dozen", "2 (thousand)", "negative 2", "x - 2", "|2|^2", r"-\left(2\right)"]),
         "#### -5": (["-5", "−5", "-$5", "$-5", "-5.0", "x = -5", "- 5", "minus 5", r"\boxed{-5}"], ["5", "10-5", "10 - 5"]),
         "#### 2.5": ([r"2 \frac{1}{2}", r"2\frac12", "2 1/2", "5/2", "2.50"], [r"\frac{1}{2}", "2 1/4"])},
     "math": {
         r"\frac{1}{8}": ([r"\dfrac18", "1/8", r"\tfrac{1}{8}", r"x = \frac{1}{8}", "1 / 8", r"\frac1{8}", r"\frac{1}8", r"\(\frac{1}{8}\)"],
-                         ["0.125", r"\frac{3}{24}", r"\frac{8}{1}", "1 8", "18"]),
+                         ["0.125", r"\frac{3}{24}", r"\frac{8}{1}", "1 8", "18", r"\frac{-1}{-8}x", r"\frac18\%"]),
         "58,500": (["58500", "58{,}500", r"58\,500", "58,500.00", r"58,\!500", "**58500**", r"\$58,500"], ["58501", "58", "58 5", "5 8500", "58,50"]),
         r"11,\! 111,\! 100": (["11111100", "11,111,100", r"11{,}111{,}100"], ["11,111,1"]),
         r"\$36": (["36", "36.00", r"\$36", r"36\text{ dollars}", "36 dollars"], ["35", r"36\text{ or 4}", r"36\text{4}", r"36\text{ million}", r"36\mathrm{i}", r"36\text{x}",
                                                                                 r"36\text{.5}", r"36\text{ or more}", "36 million", "36 x", r"36\text{ squared}", "36!"]),
-        "2": (["2.0", "x=2", "x_1 = 2", "AB = 2", "f(2)=2", r"\angle A = 2^\circ", "2°", "2 cm", "2~\\text{cm}", r"\[2\]", r"\boldsymbol{2}", "2."],
-              [r"\frac{6}{3}", "1+1", "2.0000001", "200\\%", "-2", "3 = 1", "20", "1 2", "y+2"]),
+        "2": (["2.0", "x=2", "x_1 = 2", "AB = 2", "f(2)=2", r"\angle A = 2^\circ", "2°", "2 cm", "2~\\text{cm}", r"\[2\]", r"\boldsymbol{2}", "2.", r"\{2\}", "The answer is $2$.", "Final Answer: 2", "`2`", "**2**.", "= 2", r"\theta = 2", "2 km/h", r"2\text{ Students}."],
+              [r"\frac{6}{3}", "1+1", "2.0000001", "200\\%", "-2", "3 = 1", "20", "1 2", "y+2", r"\{3\}", "2 pi", r"2\text{ pi}", "2 divided by two", "2 more", r"2\mathrm{ln}", "2 tenths"]),
         ".0000672": (["0.0000672"], [".0000671", ".000067", "-.0000672"]), "15\\%": (["15", "15%"], ["0.15", "1500\\%"]),
         r"\text{(C)}": (["C", "(C)", r"\textbf{(C)}", r"\text{C}", r"\text{(C)}."], ["D", r"\text{(C)}\text{ or (D)}", "CD", "c"]),
         r"\text{Evelyn}": (["Evelyn", "evelyn"], ["nylevE", "Angela", r"\text{Evelyn}\text{ or Angela}"]),
@@ -86,16 +87,18 @@ WRITTEN = {                            # gold -> how people and models write a r
         "2k+2": (["2 + 2k", "2(k+1)", "2k + 2"], ["2K+2", "2x+2", "2k+3"]), r"90^\circ": (["90", r"90^{\circ}", "90 degrees", r"90\text{ degrees}"], [r"\frac{\pi}{2}"]),
         r"15\mbox{ cm}^2": (["15", r"15\text{ cm}^2", "15 cm^2", "15 square cm"], ["225", "15^2"]),
         r"\frac32,-\frac12": ([r"-\frac{1}{2}, \frac{3}{2}"], ["1.5,-0.5", r"\frac64,-\frac12"]), r"(-\infty,0]": (["(−∞,0]", r"(-\infty, 0]"], [r"(-\infty,0)", r"[-\infty,0]"]),
+        r"(3,\infty)": (["(3,\\infty)"], [r"(3,\infty]"]), "y = 2x + 3": (["2x+3", "y=3+2x"], ["x = 2x + 3"]), r"[\frac{3}{5}, \frac83)": (["[3/5, 8/3)"], ["[0.6, 8/3)"]),
+        r"5.4 \text{ cents}": (["5.4", r"5.4 \text{ cents}."], ["5.04"]), r"\{1,2\}": (["1, 2", r"\{2,1\}"], [r"\{1\}", "1"]), r"\boldsymbol{\frac12}": (["1/2"], ["2"]),
         r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}": ([r"\begin{pmatrix}1\\2\end{pmatrix}"], [r"\begin{pmatrix}2\\1\end{pmatrix}"])},
     "countdown": {
         "3,4,2=14": (["(3 + 4) * 2", r"2 \times (3+4)", r"2 \cdot \left(3 + 4\right) = 14", "14 = (3+4)*2", "[3+4] x 2", "2×(4+3)=14.0", "The expression is (3+4)*2.",
-                      "(3+4) ⋅ 2", r"(3+4) \ast 2", "$(3+4)*2$", "so: (3+4)*2"],
+                      "(3+4) ⋅ 2", r"(3+4) \ast 2", "$(3+4)*2$", "so: (3+4)*2", "**(3+4)*2**", "`(3+4)*2`", "(3+4)*2\n= 14", r"\text{(3+4)*2}", r"\displaystyle (3+4)*2"],
                      ["(3+4)*2 = 15", "3+4*2", "(3+4)*2 = 14 = 14", "(3+4)2", "3+4=7*2=14", r"\sqrt{3+4}*2", r"\log(3+4)*2", "5^{(3+4)*2}", "5*e*(3+4)*2", "(3+4)*2!",
-                      "(3+4)*2 + five", "15 ≠ (3+4)*2", r"15 \neq (3+4)*2", r"(3+4)*2 \cdot \pi", "(3+4)*2x", "x(3+4)*2", "(3+4)*2-", "1 (3+4)*2"]),
+                      "(3+4)*2 + five", "15 ≠ (3+4)*2", r"15 \neq (3+4)*2", r"(3+4)*2 \cdot \pi", "(3+4)*2x", "x(3+4)*2", "(3+4)*2-", "1 (3+4)*2", "sqrt (3+4)*2", "log (3+4)*2", "(3+4)*2 squared"]),
         "6,3,2=4": ([r"\frac{6}{3} + 2", "6/3+2", r"6 \div 3 + 2", r"\frac63+2"], [r"\frac{6}{2} + 3", "6//3+2"]), "84,2=168": (["84*2"], [r"\frac84*2"])},
     "sudoku": {
         "3142243142131324": (["3142\n2431\n4213\n1324", "3 1 4 2 | 2 4 3 1 | 4 2 1 3 | 1 3 2 4", "3142 2431 4213 1324", "Row 1: 3142 Row 2: 2431 Row 3: 4213 Row 4: 1324",
-                              "The 4x4 solution is:\n3142\n2431\n4213\n1324", "3102200002100320 is solved by 3142243142131324"],
+                              "The 4x4 solution is:\n3142\n2431\n4213\n1324", "Row 1: 3 1 4 2\nRow 2: 2 4 3 1\nRow 3: 4 2 1 3\nRow 4: 1 3 2 4", "The 4x4 grid: 3 1 4 2 / 2 4 3 1 / 4 2 1 3 / 1 3 2 4", "3102200002100320 is solved by 3142243142131324"],
                              ["3142 2431 4213 132", "1324421324313142", "3142243142131325"])},
 }
 
@@ -115,6 +118,13 @@ def test_answers_as_they_are_written(task):
                     if (grade(task, text, ex) == 1) != right:
                         wrong.append((gold, text, right))
     assert not wrong
+
+
+def test_an_expression_copied_from_the_problem_is_no_solution_of_it():
+    for problem, gold, echo in (("Simplify $19x + 1 - 4x - 81$.", "15x - 80", "19x + 1 - 4x - 81"), ("Simplify $\\sqrt{242}$.", "11\\sqrt2", "\\sqrt{242}"),
+                                ("Compute $\\frac{4+6a}{5}-\\frac{1+3a}{4}$.", "\\frac{11+9a}{20}", "\\frac{4+6a}{5} - \\frac{1+3a}{4}")):
+        assert grade("math", f"\\boxed{{{echo}}}", {"problem": problem, "answer": gold}) == 0 and grade("math", echo, {"problem": "", "answer": gold}) == 1
+    assert grade("math", "\\boxed{x+1}", {"problem": "Which is larger, $x+1$ or $x$?", "answer": "x+1"}) == 1
 
 
 def test_an_answer_is_read_up_to_a_size():
