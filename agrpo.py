@@ -815,12 +815,12 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.model != "tiny" or TASKS[cfg.task].lazy,
          f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
     C, L = cfg.completion_length, cfg.block_length
-    need(C % L == 0, f"--completion-length {C} is not a multiple of --block-length {L}")
+    need(C % L == 0, f"completion length {C} is not a multiple of --block-length {L}")
     need(re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", cfg.eval_steps),
          f"--eval-steps {cfg.eval_steps!r}: numbers separated by commas")
     for steps in [cfg.steps, *steps_of(cfg)] if training else steps_of(cfg):
         need(steps > 0 and C % steps == 0 and steps * L % C == 0,
-             f"{steps} steps do not divide completion length {C} into equal parts within blocks of {L}")
+             f"{steps} steps do not reveal equal parts of the {C} tokens, and of each block of {L}")
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p is at most 1, and needs --top-k: the support is stored as ids")
     need(cfg.completions > 1, "--completions must be at least 2: an advantage compares the completions of a prompt")
     need(max(cfg.threshold, cfg.base_lazy) <= 1, "--threshold and --base-lazy must be at most 1")
@@ -838,14 +838,12 @@ def validate(cfg: Config, training: bool = True):
          f"--model {cfg.model}: no config.json there; give 'tiny' or a checkpoint directory")
 
 
-def open_model(cfg: Config, examples: list, rebuild: bool = False):
-    """cfg.model -> policy, tokenizer on the device. Raises BadInput if a prompt and its completion do not fit the context."""
+def open_model(cfg: Config, rebuild: bool = False):
+    """cfg.model -> policy, tokenizer on the device."""
     import transformers
     transformers.utils.logging.disable_progress_bar()                                # ours is enough
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    policy, tokenizer = load_policy(tiny_base(cfg, device, rebuild) if cfg.model == "tiny" else cfg.model, device)
-    check_context(policy, tokenizer, cfg, examples)
-    return policy, tokenizer
+    return load_policy(tiny_base(cfg, device, rebuild) if cfg.model == "tiny" else cfg.model, device)
 
 
 def check_context(policy, tokenizer, cfg: Config, examples: list):
@@ -893,7 +891,8 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
     run_folder.check(folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data, cfg.test_data)
     begin = time.perf_counter()
-    policy, tokenizer = open_model(cfg, examples + heldout, rebuild_base)
+    policy, tokenizer = open_model(cfg, rebuild_base)
+    check_context(policy, tokenizer, cfg, examples + heldout)
     if overwrite:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

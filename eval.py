@@ -303,7 +303,10 @@ def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % i
 
 # --------------------------------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
+    """argparse, but a mistake is one line, and a flag is given in full."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the flags)")
@@ -385,12 +388,7 @@ def read_completions(path: Path) -> tuple[dict, list[dict]]:
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path}: {error}" if isinstance(error, OSError) else f"{path}:{number}: {first_line(error)}") from None
     settings = rows[0].get("settings") if rows else None
-    if not isinstance(settings, dict):
-        return {}, rows
-    for number, row in enumerate(rows[1:], start=2):
-        if not all(isinstance(row.get(name), kind) for name, kind in KEPT.items()):
-            raise BadInput(f"{path}:{number}: not a graded completion of this program")
-    return settings, rows[1:]
+    return (settings, rows[1:]) if isinstance(settings, dict) else ({}, rows)
 
 
 def is_object(line: str) -> bool:
@@ -425,6 +423,9 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
         raise BadInput(f"{path} exists and holds no completions of this program: --out FILE.jsonl goes elsewhere")
     if other and not overwrite:
         raise BadInput(f"{path} holds completions made with another {', '.join(other)}: --overwrite replaces them, --out FILE.jsonl goes elsewhere")
+    for number, row in enumerate(rows, start=2):
+        if not all(isinstance(row.get(name), kind) for name, kind in KEPT.items()):
+            raise BadInput(f"{path}:{number}: not a completion of this program")
     return [] if overwrite else rows
 
 
@@ -456,8 +457,9 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     """Grade the completions of a file again, ours or {question, completion, gold} as d1 publishes them; print what changed."""
     settings, rows = read_completions(path)
     task, groups = task or str(settings.get("task")), {}
-    if task not in TASKS or not rows:
-        raise BadInput(f"--regrade {path}: no completions in it" if not rows else f"--regrade {path}: give --task ({', '.join(TASKS)})")
+    if task not in TASKS or not rows or settings.get("task", task) != task:
+        raise BadInput(f"--regrade {path}: " + ("no completions in it" if not rows else f"these are of task {settings['task']}" if settings else
+                                                f"give --task ({', '.join(TASKS)})"))
     if out:
         open_completions(Path(out), {}, overwrite)
         if Path(out).exists() and not overwrite:
@@ -466,6 +468,8 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
         try:
             example = row["example"] if settings else TASKS[task].row(row)
             new = {"index": number - 1, **row, **grade_row(task, row["completion"], example), "example": example}
+            if not isinstance(row["completion"], str):
+                raise TypeError("completion")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"{path}:{number}: not a {task} completion with its example: {type(error).__name__} {error}") from None
         was = row.get("grade") if isinstance(row.get("grade"), (int, float)) else None
@@ -537,7 +541,7 @@ def run(args) -> int:
     if args.out:                                                                     # before a model is opened or trained
         open_completions(Path(args.out), settings, args.overwrite)
     examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)
-    policy, tokenizer = agrpo.open_model(cfg, examples)
+    policy, tokenizer = agrpo.open_model(cfg)
     agrpo.check_context(policy, tokenizer, dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
     settings |= {"weights": fingerprint(policy.model)}
     name = Path(cfg.model).parent.name if Path(cfg.model).name == "model" else Path(cfg.model).name
@@ -601,7 +605,7 @@ def main(argv=None) -> int:
             ("out", "", "the completions' .jsonl file, results (.json) and figure (.png) beside it; default runs/eval-TASK-MODEL-SETTINGS.jsonl"),
             ("regrade", "", "grade the completions of this file again and stop")):
         parser.add_argument("--" + flag, type=type(default), default=default, help=text)
-    parser.add_argument("--overwrite", action="store_true", help="replace completions in --out that were made otherwise")
+    parser.add_argument("--overwrite", action="store_true", help="start over: replace what the output file holds")
     try:
         args = parser.parse_args(argv)
         return regrade(Path(args.regrade), getattr(args, "task", ""), args.out, args.overwrite) if args.regrade else run(args)

@@ -637,7 +637,9 @@ class Task:
 
 def text_row(question: str, row: dict) -> dict:
     """A row with a statement and an answer in words -> example; d1's generations call them question and gold (a few are null)."""
-    example = {question: row.get(question, row.get("question")), "answer": row["answer"] if "answer" in row else row["gold"] or ""}
+    statement = row["question"] if question not in row and "question" in row else row[question]
+    answer = (row["gold"] or "") if "gold" in row and "answer" not in row else row["answer"]
+    example = {question: statement, "answer": answer}
     if not all(type(value) in (str, int, float) for value in example.values()):
         raise ValueError(f"{question} and answer must be text")
     return {k: str(v) for k, v in example.items()}

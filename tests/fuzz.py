@@ -1,5 +1,6 @@
 """Grades random and mutated completions against golds that none of them can hit: never an exception, never a full score, never slow.
 Run: python tests/fuzz.py [strings per task, default 100000] [task ...]; prints a table. The suite runs the same with few strings."""
+import argparse
 import json
 import random
 import sys
@@ -73,12 +74,15 @@ def fuzz(task: str, n: int, seed: int = 0) -> float:
 
 
 def main():
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("strings", type=int, nargs="?", default=100_000)
+    parser.add_argument("tasks", nargs="*", default=list(FILES))
+    args = parser.parse_args()
     print("task       strings  worst, ms  seconds")
-    for task in sys.argv[2:] or FILES:
+    for task in args.tasks:
         clock = time.perf_counter()
-        worst = fuzz(task, n)
-        print(f"{task:9}  {n:7}  {1000 * worst:9.1f}  {time.perf_counter() - clock:7.0f}", flush=True)
+        worst = fuzz(task, args.strings)
+        print(f"{task:9}  {args.strings:7}  {1000 * worst:9.1f}  {time.perf_counter() - clock:7.0f}", flush=True)
 
 
 if __name__ == "__main__":

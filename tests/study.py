@@ -47,7 +47,7 @@ def sudoku_batch(seed: int):
     """4 puzzles, 16 completions each, of the tiny base model, one token a step."""
     cfg = dataclasses.replace(agrpo.config_for("sudoku"), steps=16, prompts=4, device="cpu")
     examples = agrpo.load_examples("sudoku", 256, 0, "train")
-    policy, tokenizer = agrpo.open_model(cfg, examples)
+    policy, tokenizer = agrpo.open_model(cfg)
     batch = [ex for ex in agrpo.batch_of_examples(examples, seed, cfg) for _ in range(cfg.completions)]
     traj, texts = agrpo.generate(policy, tokenizer, cfg, batch, [("study", seed, i) for i in range(len(batch))])
     reward = torch.tensor([sum(agrpo.reward_parts("sudoku", t, ex).values()) for t, ex in zip(texts, batch)], dtype=torch.float64)

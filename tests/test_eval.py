@@ -157,6 +157,13 @@ def test_a_length_that_does_not_fit_the_context_is_refused(tiny, capsys):
     assert "256" in capsys.readouterr().err and not list(Path("runs").glob("eval*"))
 
 
+def test_a_length_below_the_default_fits_where_the_default_does_not(here, quick):
+    assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
+    Path("x.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    flags = ["--model", "runs/m", "--task", "gsm8k", "--data", "x.jsonl", "--block-length", "16", "--steps", "16"]
+    assert evaluation.main([*flags, "--lengths", "16"]) == 0 and evaluation.main([*flags, "--lengths", "256"]) == 2
+
+
 def test_an_unfinished_run_is_refused(here, quick, capsys):
     assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
     agrpo.shutil.rmtree("runs/x/model")
@@ -191,7 +198,8 @@ def test_regrade_agrees_with_the_grades_that_were_saved_and_finds_a_changed_one(
     assert evaluation.main(["--regrade", "e.jsonl", "--out", "new.jsonl", "--overwrite"]) == 0 and Path("mine.txt").read_text() == "mine"
     rows[2]["nfe"] = "many"
     Path("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluation.main(["--regrade", "e.jsonl"]) == 2 and "e.jsonl:3" in capsys.readouterr().err
+    assert evaluation.main([*TINY, "--limit", "4", "--steps", "8", "--out", "e.jsonl"]) == 2 and "e.jsonl:3" in capsys.readouterr().err
+    assert evaluation.main(["--regrade", "e.jsonl", "--task", "math"]) == 2 and "sudoku" in capsys.readouterr().err
 
 
 def test_regrade_reads_published_generations(here, capsys):
@@ -200,14 +208,14 @@ def test_regrade_reads_published_generations(here, capsys):
     assert evaluation.main(["--regrade", "g.jsonl", "--task", "gsm8k"]) == 0
     assert "50.0 %" in capsys.readouterr().out
     Path("s.jsonl").write_text(json.dumps({"question": "Solve: 3102200002100320\n", "completion": "<answer>3142</answer>", "gold": "3142243142131324"}))
-    assert evaluation.main(["--regrade", "s.jsonl", "--task", "sudoku"]) == 0
-    assert "12.5 %" in capsys.readouterr().out                                              # one of eight cells
+    assert evaluation.main(["--regrade", "s.jsonl", "--task", "sudoku", "--out", "s2.jsonl"]) == 0 and evaluation.main(["--regrade", "s2.jsonl"]) == 0
+    assert capsys.readouterr().out.count("12.5 %") == 2                                     # one of eight cells
     Path("c.jsonl").write_text(json.dumps({"question": "", "completion": "\\boxed{(3+4)*2}", "gold": [[3, 4, 2], 14]}))
     assert evaluation.main(["--regrade", "c.jsonl", "--task", "countdown"]) == 0 and "100.0 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--steps", "4,x"], "--steps"), (["--steps", "3"], "3 steps"), (["--lengths", "16,15"], "15"), (["--lengths", ","], "--lengths"), (["--steps", "0"], "0 steps"),
+    (["--steps", "4,x"], "--steps"), (["--step", "4"], "--step"), (["--steps", "3"], "3 steps"), (["--lengths", "16,15"], "15"), (["--lengths", ","], "--lengths"), (["--steps", "0"], "0 steps"),
     (["--samples", "4"], "--temperature"), (["--samples", "0"], "--samples"), (["--limit", "-1"], "--limit"), (["--out", "x.json"], ".jsonl"),
     (["--out", "dir.jsonl"], ".jsonl"), (["--prompt", "d2"], "--prompt"), (["--task", "gsm8k"], "tiny"), (["--model", "nowhere"], "config.json"),
     (["--regrade", "no.jsonl", "--task", "math"], "no.jsonl"), (["--regrade", "empty.jsonl", "--task", "math"], "no completions"),
