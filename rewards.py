@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache, partial
@@ -511,7 +512,8 @@ def math_worker(limit: int):
     from math_verify import parse, verify
     signal.signal(signal.SIGALRM, signal.SIG_DFL)                            # it ends the process, whatever we inherited
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    with suppress(ValueError, OSError):                                      # 4 GB of memory, where the system keeps that limit
+        resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         signal.alarm(limit)
