@@ -392,6 +392,7 @@ def read_completions(path: Path) -> tuple[dict, list[dict]]:
 
 
 def is_object(line: str) -> bool:
+    """Whether a line is a whole JSON object."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -399,6 +400,7 @@ def is_object(line: str) -> bool:
 
 
 def write_completions(path: Path, settings: dict, rows: list[dict]):
+    """The whole file at once, atomically."""
     write_atomically(path, lambda f: f.writelines((json.dumps(row) + "\n").encode() for row in [{"settings": settings}, *rows]))
 
 
@@ -502,6 +504,7 @@ def fingerprint(model) -> str:
 
 
 def numbers(text: str, flag: str) -> list[int]:
+    """"16,8" -> [16, 8], each once. Raises BadInput."""
     if not re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", text):
         raise BadInput(f"{flag} {text!r}: numbers separated by commas")
     return list(dict.fromkeys(map(int, text.split(","))))

@@ -430,6 +430,7 @@ def math_normal(answer: str) -> str:
 
 
 def without_braces(normal: str) -> str:
+    """A set without the braces around it."""
     return re.sub(r"^\\\{(.*)\\\}$", r"\1", normal)
 
 
