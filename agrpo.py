@@ -285,6 +285,11 @@ class Trajectory:
         """(N,) the last step that revealed a token other than EOS; 0 for a completion that is all EOS."""
         return torch.where(self.tokens != self.eos_id, self.reveal_step, 0).amax(1)
 
+    @property
+    def length(self) -> Tensor:
+        """(N,) tokens before the first EOS, where a completion ends."""
+        return (self.tokens != self.eos_id).int().cumprod(1).sum(1)
+
 
 @torch.no_grad()
 def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list) -> Trajectory:
@@ -562,9 +567,7 @@ def generate(policy, tokenizer, cfg: Config, examples: list, keys: list) -> tupl
     device = next(policy.model.parameters()).device
     ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
     traj = rollout(policy, ids.to(device), prompt_mask.to(device), cfg, keys)
-    ended = (traj.tokens == traj.eos_id).int().cumsum(1) > 0                         # a completion ends at its first EOS
-    texts = [tokenizer.decode(row[~end]) for row, end in zip(traj.tokens.cpu(), ended.cpu())]
-    return traj, texts
+    return traj, [tokenizer.decode(row[:n]) for row, n in zip(traj.tokens.cpu(), traj.length.tolist())]
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -593,11 +596,11 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     batch = [ex for ex in batch_of_examples(examples, step, cfg) for _ in range(cfg.completions)]
     traj, texts = generate(policy, tokenizer, cfg, batch, [("rollout", cfg.seed, step, i) for i in range(len(batch))])
     # reward and advantage
-    weights, lengths = read_weights(cfg.task, cfg.reward_weights), (traj.tokens != traj.eos_id).int().cumprod(1).sum(1).tolist()
+    weights = read_weights(cfg.task, cfg.reward_weights)
     parts = [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)]
     if cfg.overlong_penalty:
         parts = [{**p, "overlong": -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)}
-                 for p, n in zip(parts, lengths)]
+                 for p, n in zip(parts, traj.length.tolist())]
     reward = torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64)
     adv = ADVANTAGES[cfg.advantage](reward.view(cfg.prompts, cfg.completions)).view(-1)
     if not all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient)):
@@ -796,7 +799,7 @@ def with_prompt(cfg: Config) -> Config:
 
 
 def steps_of(cfg: Config) -> list[int]:
-    return [int(s) for s in cfg.eval_steps.split(",")]
+    return run_folder.numbers(cfg.eval_steps, "--eval-steps")
 
 
 CHOICES = {"task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK, "position_term": ("on", "off"),
@@ -816,8 +819,6 @@ def validate(cfg: Config, training: bool = True):
          f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
     C, L = cfg.completion_length, cfg.block_length
     need(C % L == 0, f"completion length {C} is not a multiple of --block-length {L}")
-    need(re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", cfg.eval_steps),
-         f"--eval-steps {cfg.eval_steps!r}: numbers separated by commas")
     for steps in [cfg.steps, *steps_of(cfg)] if training else steps_of(cfg):
         need(steps > 0 and C % steps == 0 and steps * L % C == 0,
              f"{steps} steps do not reveal equal parts of the {C} tokens, and of each block of {L}")

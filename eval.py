@@ -72,9 +72,8 @@ def evaluate(generate, task: str, examples: list, batch: int = 256, samples: int
         if missing := [key for key in part if key not in done]:
             clock = time.perf_counter()
             traj, texts = generate(chunk, part)
-            tokens = (traj.tokens != traj.eos_id).int().cumprod(1).sum(1).tolist()       # before the end
             new = [{"index": i, "sample": s, **grade_row(task, text, ex), "nfe": n, "tokens": t}
-                   for (i, s), text, ex, n, t in zip(part, texts, chunk, traj.nfe.tolist(), tokens)]
+                   for (i, s), text, ex, n, t in zip(part, texts, chunk, traj.nfe.tolist(), traj.length.tolist())]
             new = [{**row, "seconds": (time.perf_counter() - clock) / len(part)} for row, key in zip(new, part) if key in missing]
             done = done | {(row["index"], row["sample"]): row for row in new}
             if save:

@@ -482,6 +482,8 @@ class MathWorker:
 
     def stop(self) -> int:
         process, self.process = self.process, None
+        if process is None:                                                  # it never came up
+            return 0
         process.kill()
         process.communicate()
         return process.returncode
@@ -573,8 +575,8 @@ def math_value(completion: str, example: dict) -> float:
 
 def math_grade(completion: str, example: dict) -> float:
     """1 if the answer equals the example's and is written in the same form: a fraction in lowest terms, a decimal, a number in
-    its base, and not as an expression copied from the problem. The dataset asks for that ("as a common fraction"), and the
-    published tables count so; math_value does not ask.
+    its base, and not as an expression copied from the problem. That is a convention: strings compared after normalisation, as the
+    published tables are made, ask for the same, and many problems do ("as a common fraction"). math_value does not ask.
 
     >>> [math_grade(rf"\\boxed{{{a}}}", {"problem": "", "answer": r"\\frac{1}{8}"}) for a in ("1/8", r"\\dfrac18", "0.125", "3/24")]
     [1.0, 1.0, 0.0, 0.0]

@@ -20,9 +20,8 @@ SAID = {(0, 0): "0", (0, 1): "0", (0, 2): "9",            # right by majority
 
 
 def said(examples, keys):
-    """A model that says what SAID holds, in 2 calls of 3 tokens, of which the last is the end."""
-    tokens = torch.tensor([[1, 1, 0]] * len(keys))
-    return SimpleNamespace(nfe=torch.full((len(keys),), 2), tokens=tokens, eos_id=0), [SAID[key] for key in keys]
+    """A model that says what SAID holds, of 3 tokens in 2 calls."""
+    return SimpleNamespace(nfe=torch.full((len(keys),), 2), length=torch.full((len(keys),), 3)), [SAID[key] for key in keys]
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_pass_at_k_majority_and_shares_by_hand():
         result = evaluation.evaluate(said, "gsm8k", EXAMPLES, batch, samples=3)
         assert result["n"] == 12 and result["k"] == 3 and result["solved"] == 4 / 12
         assert result["pass_at_k"]["solved"] == 3 / 4 and result["majority"]["solved"] == 1 / 4
-        assert result["nfe"] == 2 and result["tokens_per_nfe"] == 1 and result["completions"][:3] == ["0", "0", "9"]
+        assert result["nfe"] == 2 and result["tokens_per_nfe"] == 1.5 and result["completions"][:3] == ["0", "0", "9"]
         assert result["pass_at_k"]["ci95"] == evaluation.wilson(3, 4)
         assert result["ci95"] == evaluation.bootstrap([2 / 3, 1 / 3, 1 / 3, 0])
     one = evaluation.evaluate(said, "gsm8k", EXAMPLES)

@@ -248,16 +248,22 @@ def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, q
     assert "NFE" in capsys.readouterr().out
 
 
-def test_prompt_weights_and_overlong_penalty_reach_the_rewards_and_the_evaluation(here, quick):
+def test_prompt_weights_and_overlong_penalty_reach_the_rewards_and_the_evaluation(here, quick, monkeypatch):
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
-    Path("sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
-    shape = ["--task", "gsm8k", "--model", "runs/m/model", "--data", "sums.jsonl", "--completion-length", "16", "--block-length", "16", "--steps", "4"]
-    assert agrpo.main([*quick, *shape, "--name", "x", "--max-steps", "1", "--prompt", "d1", "--system-prompt", "Add.", "--reward-weights", "correct=5,answer=0",
-                       "--overlong-penalty", "0.5", "--overlong-from", "0"]) == 0
+    asked, parts_of, encode = [], agrpo.reward_parts, agrpo.encode_prompts
+    with monkeypatch.context() as patch:
+        patch.setattr(agrpo, "encode_prompts", lambda tokenizer, prompts: asked.extend(prompts) or encode(tokenizer, prompts))
+        patch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: parts_of(task, "</think><answer>0</answer>", ex, weights))
+        Path("sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
+        shape = ["--task", "gsm8k", "--model", "runs/m/model", "--data", "sums.jsonl", "--completion-length", "16", "--block-length", "16", "--steps", "4"]
+        assert agrpo.main([*quick, *shape, "--name", "x", "--max-steps", "1", "--prompt", "d1", "--system-prompt", "Add.", "--reward-weights", "correct=5,answer=0",
+                           "--overlong-penalty", "0.5", "--overlong-from", "0"]) == 0
     row = rows_of("x")[0]
     parts = {k: float(row[k]) for k in row if k.startswith("reward_")}
-    assert set(parts) == {"reward_think", "reward_answer", "reward_correct", "reward_overlong"} and -0.5 <= parts["reward_overlong"] <= 0
-    assert float(row["reward"]) == pytest.approx(sum(parts.values())) and parts["reward_answer"] == 0
+    assert set(parts) == {"reward_think", "reward_answer", "reward_correct", "reward_overlong"} and -0.5 <= parts["reward_overlong"] < 0
+    assert parts["reward_think"] == 0.5 and parts["reward_answer"] == 0 and len(asked) > 8
+    assert all(message.startswith("Add.\n\n") and begin == "<reasoning>" for message, begin in asked if message != "1")
+    assert float(row["reward"]) == pytest.approx(sum(parts.values()))
     assert "Add.\n\n" in Path("runs/x/samples.txt").read_text()                           # what the model was really asked
     for flags, style in (([], "d1"), (["--prompt", "bare"], "bare")):                       # the evaluation asks as the training did
         assert run_folder.main(["--model", "runs/x", "--data", "sums.jsonl", "--steps", "4", "--out", f"{style}.jsonl", *flags]) == 0
