@@ -7,10 +7,12 @@ The algorithm in five lines:
     4. Rebuild the state x_t each drawn step saw; score what it revealed again; clipped ratio times advantage (Eq. 3, 4).
     5. Weight each by 1/(Z x how often it is drawn on average), accumulate all gradients, then take one optimizer step.
 
-Two commands:
+Commands:
     python agrpo.py                          a laptop, minutes: trains a tiny diffusion model, then improves it by AGRPO;
                                              ends with a table of solved Sudokus before and after, and runs/.../curve.png
     python agrpo.py --task countdown         the same for arithmetic; --help lists every knob of Config below
+    python agrpo.py --task gsm8k             one GPU, 24 GB or more: LoRA on LLaDA-8B-Instruct by the published recipe
+    accelerate launch agrpo.py --task gsm8k  several GPUs share every step
 
 Glossary, symbol in the paper's sense = name here (equation numbers are this project's own, listed in the README):
     q prompt (N, P) left padded        o tokens (N, C) final completion           x_t state: o with steps >= t masked again
@@ -40,15 +42,19 @@ import re
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from tqdm import tqdm
 
 import eval as run_folder              # evaluation, figures and the files of a run
+from eval import (SMALL, add_adapter, base_of, find_folder, load_adapter, load_model, load_tokenizer, parameter_count, read_checkpoint,
+                  save_weights, stored_dtype, tiny_model, tiny_tokenizer)
 from rewards import FORMATS, TASKS, BadInput, grade, load_examples, load_split, overlong, prompt_for, read_weights, reward_parts
 
 
@@ -57,7 +63,9 @@ from rewards import FORMATS, TASKS, BadInput, grade, load_examples, load_split, 
 class Config:
     """One line per knob; the command line is made from it (max_steps -> --max-steps). CHOICES lists what words a knob takes."""
     task: str = "sudoku"               # what to learn
-    model: str = "tiny"                # "tiny", or a directory with a checkpoint
+    model: str = "tiny"                # "tiny", a directory with a checkpoint, or the hub's owner/name
+    model_block: int = 0               # block-causal models: tokens in a block of their attention; 0: as its config.json says
+    quantize: str = ""                 # 4bit: the frozen base in NF4 (bitsandbytes, a GPU)
     data: str = ""                     # a file of examples instead of generated or published ones
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
     prompt: str = ""                   # how a task is put; default: as the checkpoint was trained here, tiny: bare, others: agrpo
@@ -65,7 +73,7 @@ class Config:
     seed: int = 0                      # everything random is a function of it
     device: str = "auto"               # auto: cuda if there is one
     name: str = ""                     # run folder runs/NAME; default TASK-METHOD-seedSEED, or with the preset's name
-    preset: str = ""                   # official: the published estimator settings
+    preset: str = ""                   # official: the published estimator settings; 24gb, 80gb: for GPUs of this memory
     max_steps: int = 100               # optimizer steps = rollouts
     # rollout
     prompts: int = 16                  # B per step [paper: 16]
@@ -93,17 +101,25 @@ class Config:
     overlong_penalty: float = 0.0      # taken from the reward of a completion that fills its whole length ...
     overlong_from: float = 0.8         # ... rising from 0 at this share of it
     # optimizer
+    lora_rank: int = 0                 # of adapters on all linear layers; 0: full fine-tuning, in float32 [paper: 64]
+    lora_alpha: float = 64.0           # their outputs count alpha / rank times
     lr: float = 5e-4                   # AdamW [paper: 5e-6, LoRA]
     warmup: int = 5                    # steps of linear warm-up
     decay_steps: int = 0               # cosine decay to zero over this many steps; 0: constant
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    micro_batch: int = 256             # rows per forward and backward; changes memory, never the gradient
+    rollout_batch: int = 256           # completions denoised at once; this and the next two change memory, never the gradient
+    micro_batch: int = 256             # rows per forward and backward
+    gradient_checkpointing: str = "off"    # on: a layer's activations are computed again in the backward pass
+    fsdp: str = "off"                  # on: processes share the weights too, for full fine-tuning (as by accelerate launch --use_fsdp)
     # evaluation and run folder
     eval_examples: int = 512           # held-out examples before and after
+    eval_length: int = 0               # completion length to evaluate with; 0: as in training
+    eval_block_length: int = 0         # likewise
     eval_steps: str = "16,8,4"         # denoising steps to evaluate with; the first is the headline
     eval_every: int = 20               # steps between points of the held-out curve (half the examples); 0: off
     save_every: int = 1                # steps between checkpoints
+    report_to: str = ""                # a tracker of accelerate as well: tensorboard, wandb, trackio
     train_examples: int = 4096         # generated; a file gives all it has
     # the tiny base model
     base_steps: int = 1600             # SFT steps
@@ -117,38 +133,68 @@ class Config:
 TASK_SHAPES = {                        # what a task needs otherwise; flags win over it
     "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3", "max_steps": 150, "lr": 1e-3,
                   "base_batch": 48},
-    "gsm8k": {"completion_length": 256, "block_length": 32, "steps": 128, "eval_steps": "128"},      # the published evaluation
-    "math": {"completion_length": 256, "block_length": 32, "steps": 128, "eval_steps": "128"},
 }
+
+LLADA = "GSAI-ML/LLaDA-8B-Instruct"    # what the tasks without a tiny model start from
+RECIPE = {                             # what every checkpoint but "tiny" gets: the published recipe, five epochs of GSM8K
+    "max_steps": 2335, "prompts": 16, "completions": 8, "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6,
+    "top_k": 150, "top_p": 0.99, "mc_steps": 24, "lora_rank": 64, "lr": 5e-6, "warmup": 23, "decay_steps": 2335,
+    "eval_length": 256, "eval_block_length": 32, "eval_steps": "128", "eval_examples": 256, "eval_every": 100}
 
 PRESETS = {                            # --preset; flags win over it
     "": {},
     "official": {"unmasking": "random", "timesteps": "batch_entropy", "mc_steps": 2, "normalizer": "last_step", "advantage": "mean"},
     # 24 of 128 steps there, 2 of 8 here
+    "24gb": {"rollout_batch": 8, "micro_batch": 4, "gradient_checkpointing": "on"},  # the default below 60 GB
+    "80gb": {"rollout_batch": 64, "micro_batch": 8, "gradient_checkpointing": "off"},    # ... and above
 }
 
 
 # --------------------------------------------------------------------------------------------------- policy and sampler
-class Policy:
-    """A model with one verb. Everything below sees a denoiser only through `logits`, mask_id and eos_id."""
+class Policy(torch.nn.Module):
+    """A model with one verb. Everything below sees a denoiser only through `logits`, mask_id, eos_id and block."""
 
-    def __init__(self, model, mask_id: int, eos_id: int):
-        self.model, self.mask_id, self.eos_id = model.eval(), mask_id, eos_id        # eval: dropout would break ratio = 1
+    def __init__(self, model, mask_id: int, eos_id: int, turn_id: int | None = None, shift: bool = False, block: int = 0):
+        """turn_id also ends a text (<|eot_id|>); shift: logits stand one position to the left (Dream); block: block-causal attention
+        over blocks of so many tokens, counted from the first real one (SDAR), 0: every token sees every token."""
+        super().__init__()
+        self.model, self.mask_id, self.eos_id, self.turn_id, self.shift, self.block = model, mask_id, eos_id, turn_id, shift, block
+        self.sharded = False                                                         # by FSDP: see shard
+        self.eval()                                                                  # dropout would break ratio = 1
 
     def logits(self, prompt: Tensor, prompt_mask: Tensor, state: Tensor, where: Tensor) -> Tensor:
         """prompt, prompt_mask (N, P); state (N, C) ids; where (N, C) bool -> (n, V) float32, n = where.sum(), row-major.
 
-        The LM head runs only at `where`. Padding is masked and positions count from the first real token, so that a
-        padded row scores as it does alone. MASK gets -inf: it is no token to sample."""
-        ids = torch.cat([prompt, state], 1)                                          # (N, P + C)
+        The LM head runs only at `where`, in float32. Padding is masked and positions count from the first real token, so that
+        a padded row scores as it does alone. MASK gets -inf: it is no token to sample."""
+        if self.sharded and not torch.is_grad_enabled():
+            anyone(True)                                                             # see wait_for_others
+        return self(prompt, prompt_mask, state, where)
+
+    def forward(self, prompt, prompt_mask, state, where):
+        ids, C = torch.cat([prompt, state], 1), state.shape[1]                       # (N, S), S = P + C
         attention_mask = torch.cat([prompt_mask, torch.ones_like(state)], 1)
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        if self.block:                                                               # (N, 1, S, S); a padded query sees itself: no NaN
+            block, real = positions // self.block, attention_mask.bool()
+            sees = (block[:, :, None] >= block[:, None, :]) & real[:, None, :] & real[:, :, None]
+            attention_mask = (sees | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device))[:, None]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            hidden = self.model.get_decoder()(input_ids=ids, attention_mask=attention_mask, position_ids=(
-                attention_mask.cumsum(1) - 1).clamp(min=0)).last_hidden_state        # (N, P + C, width)
-            logits = self.model.get_output_embeddings()(hidden[:, prompt.shape[1]:][where])        # (n, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            hidden = self.model.get_decoder()(input_ids=ids, attention_mask=attention_mask, position_ids=positions).last_hidden_state
+        end = ids.shape[1] - self.shift
+        hidden, head = hidden[:, end - C:end][where], self.model.get_output_embeddings()             # (n, width)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)                     # bfloat16 logits would be off by 0.1 nats
+        logits = torch.nn.functional.linear(hidden.to(dtype), head.weight.to(dtype))                 # (n, V)
         mask_column = torch.arange(logits.shape[1], device=logits.device) == self.mask_id
         return logits.masked_fill(mask_column, -math.inf)
+
+    def wait_for_others(self):
+        """Sharded weights travel between processes in every forward, so all must make equally many: one that has finished its
+        rollouts goes through the motions until the others have, too."""
+        one = torch.zeros((1, 2), dtype=torch.long, device=next(self.parameters()).device)
+        while self.sharded and anyone(False):
+            with torch.no_grad():
+                self(one, torch.ones_like(one), one, one.bool())
 
 
 def generator(*key) -> torch.Generator:
@@ -200,11 +246,18 @@ class Unmask(NamedTuple):
 LOG_ZERO = -1e4                        # stands for log 0: exp gives 0, sums stay finite, its gradient is 0
 
 
-def open_positions(state: Tensor, mask_id: int, block_length: int) -> Tensor:
-    """state (N, C) -> (N, C) bool: the masked positions of the first block that has any."""
-    is_masked = state == mask_id
-    blocks_so_far = is_masked.unflatten(1, (-1, block_length)).any(-1).cumsum(1)     # (N, C/L) blocks with a mask, up to here
-    return is_masked & (blocks_so_far == 1).repeat_interleave(block_length, 1)
+def block_offset(policy, prompt_mask: Tensor) -> Tensor:
+    """(N, 1) how far into a block the completion begins. Blocks count from the completion's first token, but for block-causal
+    models from the prompt's, as their attention does: the first block is then what the prompt left of one."""
+    offset = prompt_mask.sum(1, keepdim=True)
+    return offset % policy.block if policy.block else torch.zeros_like(offset)
+
+
+def current_block(state: Tensor, mask_id: int, block_length: int, offset: Tensor) -> Tensor:
+    """state (N, C), offset (N, 1) -> (N, C) bool: the first block that has a masked position; it is the one being denoised."""
+    C = state.shape[1]
+    block = (torch.arange(C, device=state.device) + offset) // block_length          # (N, C)
+    return block == block.masked_fill(state != mask_id, C).amin(1, keepdim=True)
 
 
 def choose(score: Tensor, open_: Tensor, n: int, count: Callable | None = None, cfg=None) -> Tensor:
@@ -279,6 +332,7 @@ class Trajectory:
     support: Tensor | None             # (N, C, k) ids of the sampling law's support, V = none; None: all
     nfe: Tensor                        # (N,) denoiser calls the row took part in = its number of steps
     eos_id: int
+    turn_id: int | None = None
 
     @property
     def last_step(self) -> Tensor:
@@ -287,8 +341,17 @@ class Trajectory:
 
     @property
     def length(self) -> Tensor:
-        """(N,) tokens before the first EOS, where a completion ends."""
-        return (self.tokens != self.eos_id).int().cumprod(1).sum(1)
+        """(N,) tokens before the first EOS or end of turn, where a completion ends."""
+        goes_on = self.tokens != self.eos_id if self.turn_id is None else (self.tokens != self.eos_id) & (self.tokens != self.turn_id)
+        return goes_on.int().cumprod(1).sum(1)
+
+    def to(self, device) -> "Trajectory":
+        return Trajectory(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+    @staticmethod
+    def join(parts: list) -> "Trajectory":
+        """The rows of all parts, whose prompts are padded alike."""
+        return Trajectory(**{k: torch.cat([vars(p)[k] for p in parts]) if isinstance(v, Tensor) else v for k, v in vars(parts[0]).items()})
 
 
 @torch.no_grad()
@@ -296,17 +359,21 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
     """Denoise one completion per row of prompt (N, P), block by block, T steps in all.
 
     keys: one hashable per row. A row's random numbers depend on its key alone, not on its neighbours or its padding.
-    A row is finished, and leaves the batch, once a whole block of it is EOS; the rest is filled with EOS."""
+    A row is finished, and leaves the batch, once a whole block of it is EOS; the rest is filled with EOS. Of a block-causal model's
+    completion only whole blocks are denoised: what would begin another one is EOS from the start."""
     N, C, L, T = len(prompt), cfg.completion_length, cfg.block_length, cfg.steps
     rule, mask_id, eos_id, device = UNMASK[cfg.unmasking], policy.mask_id, policy.eos_id, prompt.device
     u = torch.stack([torch.rand(T, 2, L, generator=generator(*key), dtype=torch.float64) for key in keys]).to(device)
+    offset = block_offset(policy, prompt_mask)                                       # (N, 1)
     tokens = prompt.new_full((N, C), mask_id)                                        # while MASK is in it, the state x_t
+    tokens[torch.arange(C, device=device) >= C - offset] = eos_id
     logp_, order_logp_, entropy_, gradient_ = (torch.zeros(N, width, dtype=torch.float64, device=device) for width in (C, T, T, T))
     traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T), torch.zeros_like(tokens), logp_, order_logp_,
-                      entropy_, gradient_, None, torch.zeros_like(tokens[:, 0]), eos_id)
+                      entropy_, gradient_, None, torch.zeros_like(tokens[:, 0]), eos_id, policy.turn_id)
     rows = torch.arange(N, device=device)                                            # rows not finished
     for t in range(T):
-        open_ = open_positions(tokens[rows], mask_id, L)                             # (rows, C)
+        block = current_block(tokens[rows], mask_id, L, offset[rows])                # (rows, C)
+        open_ = block & (tokens[rows] == mask_id)
         row, position = open_.nonzero(as_tuple=True)                                 # (n,) row-major, as logits
         logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], open_)     # (n, V)
         logp, support = sampling_law(logits, cfg)
@@ -334,8 +401,7 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
             traj.order_logp[rows, t] = order_logp.detach().double()
             traj.gradient[:, t].index_add_(0, rows[row], size.double())
         traj.nfe[rows] += 1
-        blocks = tokens[rows].unflatten(1, (-1, L))                                  # (rows, C/L, L)
-        rows = rows[(blocks == mask_id).flatten(1).any(1) & ~(blocks == eos_id).all(-1).any(-1)]
+        rows = rows[(tokens[rows] == mask_id).any(1) & ~((tokens[rows] == eos_id) | ~block).all(1)]
         if len(rows) == 0:
             break
     tokens[tokens == mask_id] = eos_id                                               # deterministic: carries no loss
@@ -357,7 +423,8 @@ def step_logp(policy, traj: Trajectory, row: Tensor, state: Tensor, target: Tens
     the targets, and for a position law also at the open positions that lost."""
     law, where = UNMASK[cfg.unmasking].order_logp if cfg.position_term == "on" else None, target
     if law:
-        where = open_positions(state, policy.mask_id, cfg.block_length)
+        offset = block_offset(policy, traj.prompt_mask[row])
+        where = current_block(state, policy.mask_id, cfg.block_length, offset) & (state == policy.mask_id)
     logits = policy.logits(traj.prompt[row], traj.prompt_mask[row], state, where)    # (n, V)
     support = None if traj.support is None else traj.support[row][target]
     logp, _ = sampling_law(logits[target[where]], cfg, support)
@@ -562,11 +629,36 @@ def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
+def processes() -> tuple[int, int]:
+    """This process's rank, and how many there are; accelerate launch and torchrun start several."""
+    import torch.distributed as dist
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def everyones(objects: list) -> list:
+    """The lists of all processes, one after the other."""
+    if processes()[1] == 1:
+        return objects
+    from accelerate.utils import gather_object
+    return gather_object(objects)
+
+
+def anyone(wants: bool) -> bool:
+    """Whether any process does. All must ask."""
+    return any(everyones([wants]))
+
+
 def generate(policy, tokenizer, cfg: Config, examples: list, keys: list) -> tuple[Trajectory, list]:
-    """One completion per example -> trajectory, texts. The one way from an example to a text, in training and evaluation."""
-    device = next(policy.model.parameters()).device
+    """One completion per example -> trajectory, texts. The one way from an example to a text, in training and evaluation.
+
+    Each process denoises its share, rollout_batch rows at once, and then all have all rows: what follows is the same on each."""
+    device, (rank, world) = next(policy.model.parameters()).device, processes()
     ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
-    traj = rollout(policy, ids.to(device), prompt_mask.to(device), cfg, keys)
+    mine = torch.tensor_split(torch.arange(len(examples)), world)[rank]              # neighbours: whole prompts, where they divide
+    parts = [rollout(policy, ids[part].to(device), prompt_mask[part].to(device), cfg, [keys[i] for i in part])
+             for part in mine.split(cfg.rollout_batch) if len(part)]
+    policy.wait_for_others()
+    traj = Trajectory.join(everyones([part.to("cpu") for part in parts] if world > 1 else parts)).to(device)
     return traj, [tokenizer.decode(row[:n]) for row, n in zip(traj.tokens.cpu(), traj.length.tolist())]
 
 
@@ -589,6 +681,30 @@ def batch_of_examples(examples: list, step: int, cfg: Config) -> list:
     return [examples[order[i // len(examples)][i % len(examples)]] for i in places]
 
 
+def share(views: Views, equal: bool) -> Views:
+    """This process's part of the views, dealt out in turn; if equal, to each as many, some again with weight 0."""
+    rank, world = processes()
+    if equal and (extra := -len(views.row) % world):
+        again = views.select(torch.arange(extra, device=views.row.device) % max(1, len(views.row)))
+        views = Views(*(torch.cat(pair) for pair in zip(views, again._replace(weight=torch.zeros_like(again.weight)))))
+    return views.select(slice(rank, None, world))
+
+
+def sum_gradients(policy, max_norm: float) -> float:
+    """Adds up the processes' gradients, clips them together, returns their norm before that. (No wrapper with hooks of its own: the losses
+    of disjoint views add up, so one sum after the last backward is all there is to do. FSDP has summed while going backward.)"""
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    if processes()[1] > 1 and anyone(any(p.grad is not None for p in trained)):
+        for p in trained:
+            if policy.sharded:
+                p.grad.mul_(processes()[1])                                          # FSDP took the mean
+            else:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
 def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Config) -> dict:
     """One step of AGRPO, start to end; returns the row of the log."""
     # sample: B prompts, G completions each
@@ -603,37 +719,39 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
                  for p, n in zip(parts, traj.length.tolist())]
     reward = torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64)
     adv = ADVANTAGES[cfg.advantage](reward.view(cfg.prompts, cfg.completions)).view(-1)
-    if not all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient)):
-        raise FloatingPointError(f"step {step}: the rollout is not finite; the last checkpoint is intact (try a lower --lr)")
+    finite = all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient))
+    adv = adv if finite else torch.zeros_like(adv)
     rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
     # views: which states to score, and with which weight
     views = VIEWS[cfg.method](traj, adv, cfg, policy.mask_id, generator("timesteps", cfg.seed, step))
     adv = adv.to(traj.logp.device)
     views = views.select(adv[views.row] != 0)                               # no advantage, no gradient: no pass
-    # accumulate the gradient over micro-batches, then one optimizer step
-    ratios = [torch.ones(1)]
-    for start in range(0, len(views.row), cfg.micro_batch):
-        part = views.select(slice(start, start + cfg.micro_batch))
+    # accumulate the gradient over micro-batches and processes, then one optimizer step
+    ratios, total, mine = [], torch.zeros((), dtype=torch.float64), share(views, policy.sharded)
+    for start in range(0, len(mine.row), cfg.micro_batch):
+        part = mine.select(slice(start, start + cfg.micro_batch))
         loss, ratio = policy_loss(policy, traj, part, adv, cfg)
         loss.backward()
+        total += loss.detach().cpu()
         ratios.append(ratio.float().cpu())
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.max_grad_norm)
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"step {step}: the gradient is not finite; the last checkpoint is intact (try a lower --lr)")
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(step, cfg)
-    optimizer.step()
+    grad_norm = sum_gradients(policy, cfg.max_grad_norm)
+    finite = not anyone(not (finite and math.isfinite(grad_norm) and bool(total.isfinite())))
+    if finite:
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(step, cfg)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    ratio, mean = torch.cat(ratios[1:] or ratios), lambda xs: float(np.mean(list(xs)))
+    ratios = everyones(ratios)
+    ratio, mean = torch.cat(ratios or [torch.ones(1)]), lambda xs: float(np.mean(list(xs)))
     return {"step": step, "reward": float(reward.mean()), **{f"reward_{k}": mean(p[k] for p in parts) for k in parts[0]},
             "solved": mean(grade(cfg.task, t, ex) == 1 for t, ex in zip(texts, batch)), "ratio": float(ratio.mean()),
             "clip_fraction": float(((ratio - 1).abs() > cfg.clip).float().mean()), "grad_norm": float(grad_norm),
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
-            "passes": len(views.row), "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(),
+            "passes": len(views.row), "skipped": int(not finite), "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(),
             "rollout_seconds": round(rollout_seconds, 3), "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
-# ----------------------------------------------------------------------------------------- tokens, checkpoints, families
+# ---------------------------------------------------------------------------------------------------- prompts and models
 def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
     """(user message, what the completion is made to begin with), through the tokenizer's chat template -> ids and mask (N, P),
     left padded."""
@@ -643,46 +761,101 @@ def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple[Tensor, T
     return out["input_ids"], out["attention_mask"]
 
 
-FAMILIES = {                           # model_type of config.json -> class of transformers
-    "llama": "LlamaForCausalLM",
-}
+def end_of_turn(tokenizer) -> int | None:
+    """The special token, other than EOS, that the chat template writes after an answer; None if there is none."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
+    after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"][:1]
+    return after[0] if after and after[0] in tokenizer.added_tokens_decoder and after[0] != tokenizer.eos_token_id else None
 
 
-def load_policy(path: str, device: str) -> tuple[Policy, object]:
-    """A checkpoint directory -> policy, tokenizer. Raises BadInput unless it is a masked diffusion model of FAMILIES
-    whose every weight is found."""
-    import transformers                                                              # seconds to import: after the checks
-    config = run_folder.read_json(Path(path) / "config.json")
-    family, mask_id = config.get("model_type"), config.get("mask_token_id")
-    if str(family) not in FAMILIES or type(mask_id) is not int or not 0 <= mask_id < config.get("vocab_size", 0):
-        raise BadInput(f"--model {path}: model_type {family!r} with mask_token_id {mask_id!r}; supported are masked diffusion "
-                       f"models of type {', '.join(FAMILIES)}")
+def open_checkpoint(cfg: Config, weights: bool = False):
+    """cfg.model, what is known of it without its weights -> Checkpoint, tokenizer, directory of its adapter or None. Raises BadInput."""
+    folder, adapter = find_folder(cfg.model, weights), None
+    if (folder / "adapter_config.json").is_file():
+        adapter, folder = folder, find_folder(base_of(folder), weights)
+    checkpoint = read_checkpoint(folder, cfg.model_block, cfg.model)
+    tokenizer = load_tokenizer(adapter or folder)
+    mask_id = tokenizer.mask_token_id if checkpoint.mask_id is None else checkpoint.mask_id
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token                 # padding is masked, whatever it is
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        cls = getattr(transformers, FAMILIES[family])
-        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         encode_prompts(tokenizer, [("1", "")])
-    except Exception as error:                                                       # whatever the libraries raise on a bad file
-        raise BadInput(f"--model {path}: {run_folder.first_line(error)}") from None
-    if tokenizer.eos_token_id is None:
-        raise BadInput(f"--model {path}: its tokenizer has no end-of-sequence token")
-    problems = {k: sorted(info[k])[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
-    if problems:
-        raise BadInput(f"--model {path}: weights do not fit: {problems}")
-    model.config.is_causal = False                                                   # attention in both directions
-    return Policy(model.to(device), mask_id, tokenizer.eos_token_id), tokenizer
+    except Exception as error:                                                       # a broken template
+        raise BadInput(f"--model {cfg.model}: {run_folder.first_line(error)}") from None
+    for token, name in ((mask_id, "mask"), (tokenizer.eos_token_id, "end-of-sequence")):
+        if token is None or token >= checkpoint.config.vocab_size:
+            raise BadInput(f"--model {cfg.model}: neither its config.json nor its tokenizer gives a {name} token of its vocabulary")
+    return checkpoint._replace(mask_id=mask_id), tokenizer, adapter
+
+
+def load_policy(model: str, device: str, cfg: Config = Config(), train: bool = False) -> tuple[Policy, object]:
+    """A directory or the hub's owner/name -> policy, tokenizer. To train: with adapters if lora_rank, else all of it in float32; what is
+    not trained is bfloat16 on a GPU. Raises BadInput unless it is a masked diffusion model of FAMILIES whose every weight is found."""
+    checkpoint, tokenizer, adapter = open_checkpoint(dataclasses.replace(cfg, model=model), weights=True)
+    half, full = torch.device(device).type == "cuda", train and not cfg.lora_rank
+    net = load_model(checkpoint, torch.bfloat16 if half and not full else torch.float32, cfg.quantize, device)
+    if half and not full and not checkpoint.config.tie_word_embeddings:
+        net.get_output_embeddings().float()                                          # once, not in every call of logits
+    if adapter:
+        net = load_adapter(net, adapter, trainable=train and not full)
+        net = net.merge_and_unload().requires_grad_(True) if full else net
+    elif train and not full:
+        net = add_adapter(net, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    policy = Policy(net, checkpoint.mask_id, tokenizer.eos_token_id, end_of_turn(tokenizer), checkpoint.family.shift, checkpoint.block)
+    policy.source = checkpoint.folder
+    for layer in net.get_decoder().layers if train and cfg.gradient_checkpointing == "on" else ():
+        layer.forward = computed_again(layer.forward)
+    return policy.to(device), tokenizer
+
+
+def computed_again(forward: Callable) -> Callable:
+    """Gradient checkpointing: only the inputs of `forward` are kept, and it runs a second time in the backward pass."""
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return run
+
+
+def shard(policy):
+    """FSDP: each process keeps a part of every weight, its gradient and its optimizer state."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    kind = next(policy.parameters()).device.type
+    how = {"mesh": init_device_mesh(kind, (processes()[1],)), "reshard_after_forward": True,       # else policy.parameters() may be gathered copies
+           "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if kind == "cuda" else MixedPrecisionPolicy()}
+    for layer in policy.model.get_decoder().layers:
+        fully_shard(layer, **how)
+    fully_shard(policy, **how)
+    policy.sharded = True
 
 
 def save_model(policy, tokenizer, path: Path, cfg: Config):
-    """Write a checkpoint directory that load_policy reads, with the settings it was made with, whole or not at all."""
+    """Write a directory that load_policy reads, with the settings it was made with, whole or not at all: the adapter (for peft), or the
+    checkpoint in the layout and precision of its source."""
+    weights = None if hasattr(policy.model, "peft_config") else run_folder.whole(policy.model.state_dict())
+    if processes()[0]:
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")                   # two processes may make the same base
-    policy.model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    source = getattr(policy, "source", None)
+    save_weights(policy.model, tokenizer, partial, source, base=str(source) if Path(cfg.model).is_dir() else cfg.model, weights=weights)
     run_folder.write_json(partial / "agrpo.json", dataclasses.asdict(cfg))
     if path.exists():
         path.rename(old := path.with_name(f"{path.name}.{os.getpid()}.old"))
         shutil.rmtree(old)
     partial.rename(path)
+
+
+def merge(cfg: Config, path: Path):
+    """--merge: adapter and base as one checkpoint, in the base's own layout and precision, for the tools that read that."""
+    checkpoint, tokenizer, adapter = open_checkpoint(cfg, weights=True)
+    if not adapter:
+        raise BadInput(f"--merge: {cfg.model} holds no adapter; give the trained model: --model runs/NAME/model")
+    if os.path.lexists(path):
+        raise BadInput(f"--merge {path} exists")
+    dtype = stored_dtype(checkpoint.folder)
+    net = load_adapter(load_model(checkpoint, dtype), adapter, trainable=False).merge_and_unload()
+    save_weights(net, tokenizer, path.with_name(path.name + ".partial"), checkpoint.folder)
+    path.with_name(path.name + ".partial").rename(path)
 
 
 # ----------------------------------------------------------------------------------------------------- the tiny base model
@@ -695,38 +868,6 @@ def sft_loss(policy, prompt: Tensor, prompt_mask: Tensor, tokens: Tensor, g: tor
     loss = torch.nn.functional.cross_entropy(logits, tokens[is_masked], reduction="none")
     weight = (1 / t).expand(N, C).to(tokens.device)[is_masked]
     return (loss * weight).sum() / (N * C)
-
-
-def tiny_tokenizer():
-    """One token a character (printable ASCII), with a chat template: the same path as every other checkpoint."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    special = ["<pad>", "<unk>", "<eos>", "<mask>", "<|user|>", "<|assistant|>"]
-    vocab = {token: i for i, token in enumerate(special + [chr(c) for c in [10, *range(32, 127)]])}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
-                                        mask_token="<mask>", additional_special_tokens=special[4:], padding_side="left",
-                                        clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
-                               "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-    return tokenizer
-
-
-def tiny_model(tokenizer, cfg: Config):
-    """A stock Llama that attends in both directions, randomly initialised from the seed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.base_hidden, intermediate_size=4 * cfg.base_hidden,
-                         num_hidden_layers=cfg.base_layers, num_attention_heads=cfg.base_hidden // 16,
-                         rope_parameters={"rope_type": "default", "rope_theta": 4.0},    # a context of 40, not 4000:
-                         initializer_range=0.06,                                     # ... a slow rotation cannot tell neighbours apart
-                         max_position_embeddings=256, tie_word_embeddings=False, use_cache=False, is_causal=False,
-                         pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                         mask_token_id=tokenizer.mask_token_id)
-    with torch.random.fork_rng(devices=[]):                                          # initialisation draws from the global one
-        torch.manual_seed(cfg.seed)
-        return LlamaForCausalLM(config)
 
 
 def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
@@ -780,32 +921,61 @@ def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
 
 
 # -------------------------------------------------------------------------------------------- run folder, command line
-EVALUATION = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0}       # greedy, as the paper's
-MAY_CHANGE = ("max_steps", "device", "save_every")                                     # on --resume; the rest is the run
+EVALUATION = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0, "top_p": 1.0}     # greedy, as the paper's
+MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "micro_batch", "gradient_checkpointing", "fsdp", "report_to")     # on --resume
+GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
 
 
-def config_for(task: str) -> Config:
-    return Config(task=task, **TASK_SHAPES.get(task, {}))
+def config_for(task: str, model: str = "", preset: str = "") -> Config:
+    """The settings before flags: of the tiny model by task; of every other checkpoint the recipe, and what the GPU's memory allows."""
+    model = model or ("tiny" if TASKS[task].lazy else LLADA)
+    if model == "tiny":
+        shape = {**TASK_SHAPES.get(task, {}), **PRESETS[preset]}
+    else:
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
+        sized = preset if preset.endswith("gb") else "24gb" if memory < 60 else "80gb"
+        shape = {**PRESETS[preset], **RECIPE, **PRESETS[sized]}
+    return Config(**{"task": task, "model": model, "preset": preset, **shape})
 
 
 def with_prompt(cfg: Config) -> Config:
     """The prompt settled: the one given, else the one this checkpoint was trained with here, else the published one."""
     if cfg.prompt:
         return cfg
-    saved = Path(cfg.model) / "agrpo.json"
+    saved = run_folder.in_run(Path(cfg.model)) / "agrpo.json"
     known = run_folder.read_json(saved) if saved.is_file() else {}
     style = known.get("prompt") or ("bare" if known or cfg.model == "tiny" else "agrpo")
     return dataclasses.replace(cfg, prompt=str(style), system_prompt=cfg.system_prompt or str(known.get("system_prompt", "")))
+
+
+def with_blocks(cfg: Config, given: dict) -> Config:
+    """A block-causal model is denoised in the blocks of its attention, and where nothing else is asked for, one token a step."""
+    need_gpu(cfg)
+    block = 0 if cfg.model == "tiny" else open_checkpoint(cfg)[0].block
+    if not block:
+        return cfg
+    if other := {given.get("block_length", block), given.get("eval_block_length", block)} - {block}:
+        raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of {block}")
+    shape = {"block_length": block, "eval_block_length": block, "steps": cfg.completion_length, "eval_steps": str(cfg.eval_length or cfg.completion_length)}
+    return dataclasses.replace(cfg, **{k: v for k, v in shape.items() if k not in given})
+
+
+def evaluation_config(cfg: Config) -> Config:
+    """cfg with the sampler of EVALUATION and the shape to evaluate with."""
+    return dataclasses.replace(cfg, completion_length=cfg.eval_length or cfg.completion_length,
+                               block_length=cfg.eval_block_length or cfg.block_length, **EVALUATION)
 
 
 def steps_of(cfg: Config) -> list[int]:
     return run_folder.numbers(cfg.eval_steps, "--eval-steps")
 
 
-CHOICES = {"task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK, "position_term": ("on", "off"),
-           "order_score": ORDER_SCORE, "method": VIEWS, "timesteps": TIMESTEPS, "normalizer": NORMALIZERS, "advantage": ADVANTAGES}
+CHOICES = {"task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK,
+           "position_term": ("on", "off"), "order_score": ORDER_SCORE, "method": VIEWS, "timesteps": TIMESTEPS, "normalizer": NORMALIZERS,
+           "advantage": ADVANTAGES, "quantize": ("", "4bit"), "gradient_checkpointing": ("off", "on"), "fsdp": ("off", "on"),
+           "report_to": ("", "tensorboard", "wandb", "trackio")}
 MAY_BE_ZERO = {"seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup", "decay_steps", "weight_decay",
-               "eval_every", "base_lazy"}
+               "eval_every", "base_lazy", "lora_rank", "eval_length", "eval_block_length", "model_block"}
 
 
 def validate(cfg: Config, training: bool = True):
@@ -817,58 +987,99 @@ def validate(cfg: Config, training: bool = True):
     run_folder.check_settings(cfg, CHOICES, MAY_BE_ZERO if training else {*MAY_BE_ZERO, "temperature"})
     need(cfg.model != "tiny" or TASKS[cfg.task].lazy,
          f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
-    C, L = cfg.completion_length, cfg.block_length
-    need(C % L == 0, f"completion length {C} is not a multiple of --block-length {L}")
-    for steps in [cfg.steps, *steps_of(cfg)] if training else steps_of(cfg):
-        need(steps > 0 and C % steps == 0 and steps * L % C == 0,
-             f"{steps} steps do not reveal equal parts of the {C} tokens, and of each block of {L}")
+    at = evaluation_config(cfg)
+    for C, L, all_steps in [(cfg.completion_length, cfg.block_length, [cfg.steps] if training else []), (at.completion_length, at.block_length, steps_of(cfg))]:
+        need(C % L == 0, f"completion length {C} is not a multiple of --block-length {L}")
+        for steps in all_steps:
+            need(steps > 0 and C % steps == 0 and steps * L % C == 0,
+                 f"{steps} steps do not reveal equal parts of the {C} tokens, and of each block of {L}")
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p is at most 1, and needs --top-k: the support is stored as ids")
     need(cfg.completions > 1, "--completions must be at least 2: an advantage compares the completions of a prompt")
     need(max(cfg.threshold, cfg.base_lazy) <= 1, "--threshold and --base-lazy must be at most 1")
     need(cfg.overlong_from < 1, "--overlong-from is a share of the length, below 1")
     need(not cfg.test_data or cfg.data or TASKS[cfg.task].hub, "--test-data goes with --data")
     read_weights(cfg.task, cfg.reward_weights)
-    need(cfg.model != "tiny" or C <= 200, f"--completion-length {C}: the tiny model's context is 256")
+    need(cfg.model != "tiny" or max(cfg.completion_length, cfg.eval_length) <= 200, f"--completion-length {cfg.completion_length}: the tiny model's context is 256")
     need(max(cfg.train_examples, cfg.eval_examples) <= 100_000, "--train-examples and --eval-examples must be at most 100000")
     need(cfg.base_hidden % 16 == 0, f"--base-hidden {cfg.base_hidden} must be a multiple of 16")
     need(re.fullmatch(r"\w[\w.-]{0,100}", cfg.name or "x"), f"--name {cfg.name!r} must be a plain name: the folder is runs/NAME")
     need(cfg.temperature == 0 or 1e-3 <= cfg.temperature <= 1e3, f"--temperature {cfg.temperature} must be between 0.001 and 1000")
     need(1e-3 <= cfg.tau_pos <= 1e3, f"--tau-pos {cfg.tau_pos} must be between 0.001 and 1000")
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
-    need(cfg.model == "tiny" or (Path(cfg.model) / "config.json").is_file(),
-         f"--model {cfg.model}: no config.json there; give 'tiny' or a checkpoint directory")
+    need(not cfg.quantize or device_for(cfg) != "cpu" and find_spec("bitsandbytes") and (cfg.lora_rank or not training),
+         f"--quantize {cfg.quantize} needs a GPU, the package bitsandbytes and adapters (--lora-rank 64)")
+    need(cfg.fsdp == "off" or not cfg.lora_rank, "--fsdp on shares the weights of full fine-tuning: --lora-rank 0")
+    need(not cfg.report_to or find_spec(cfg.report_to), f"--report-to {cfg.report_to}: the package {cfg.report_to} is not installed")
 
 
-def open_model(cfg: Config, rebuild: bool = False):
+def need_gpu(cfg: Config):
+    """Raises BadInput, one line that says what would run here, if the model is too large for a machine without a GPU."""
+    local = cfg.model == "tiny" or Path(cfg.model).is_dir()
+    if device_for(cfg) != "cpu" or local and (cfg.model == "tiny" or parameter_count(open_checkpoint(cfg)[0].config) < SMALL) or (
+            not local and cfg.device == "cpu" and cfg.model != LLADA):
+        return
+    raise BadInput(f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with adapters), and there is none here. Here runs: "
+                   "python agrpo.py --task sudoku (a tiny model, minutes), or --model DIR --device cpu with a checkpoint below 1 billion parameters")
+
+
+def device_for(cfg: Config) -> str:
+    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                # several processes: one GPU each
+    return local if cfg.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def open_model(cfg: Config, rebuild: bool = False, train: bool = False):
     """cfg.model -> policy, tokenizer on the device."""
-    import transformers
-    transformers.utils.logging.disable_progress_bar()                                # ours is enough
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return load_policy(tiny_base(cfg, device, rebuild) if cfg.model == "tiny" else cfg.model, device)
+    model = once(tiny_base, cfg, device_for(cfg), rebuild) if cfg.model == "tiny" else cfg.model
+    return load_policy(model, device_for(cfg), cfg, train)
 
 
-def check_context(policy, tokenizer, cfg: Config, examples: list):
-    """Raises BadInput if a prompt and its completion do not fit the model's context."""
+def check_context(config, tokenizer, cfg: Config, examples: list) -> int:
+    """Tokens of the longest prompt. Raises BadInput if it and its completion do not fit the model's context."""
     length = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])[0].shape[1]
-    if length + cfg.completion_length > (room := policy.model.config.max_position_embeddings):
-        raise BadInput(f"the longest prompt has {length} tokens, a completion {cfg.completion_length}; the context is {room}")
+    longest = max(cfg.completion_length, cfg.eval_length)
+    if length + longest > (room := config.max_position_embeddings):
+        raise BadInput(f"the longest prompt has {length} tokens, a completion {longest}; the context is {room}")
+    return length
 
 
 def evaluate(policy, tokenizer, cfg: Config, examples: list, steps: int) -> dict:
     """eval.evaluate with the sampler of EVALUATION at so many denoising steps."""
-    at = dataclasses.replace(cfg, steps=steps, **EVALUATION)
-    return {"steps": steps, **run_folder.evaluate(lambda exs, keys: generate(policy, tokenizer, at, exs, keys), cfg.task, examples)}
+    at = dataclasses.replace(evaluation_config(cfg), steps=steps)
+    return {"steps": steps, **run_folder.evaluate(lambda exs, keys: generate(policy, tokenizer, at, exs, keys), cfg.task, examples,
+                                                  cfg.rollout_batch * processes()[1])}
+
+
+def once(work: Callable, *args):
+    """work(*args) on the first process only; what it returns, or the BadInput it raises, is every process's."""
+    result = [None, None]
+    if processes()[0] == 0:
+        try:
+            result[0] = work(*args)
+        except BadInput as error:
+            result[1] = error
+    if processes()[1] > 1:
+        torch.distributed.broadcast_object_list(result)
+    if result[1]:
+        raise result[1]
+    return result[0]
+
+
+def say(*words):
+    if processes()[0] == 0:
+        print(*words, flush=True)
 
 
 def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout: list, seconds: dict) -> bool:
     """The loop, from the folder's checkpoint to max_steps. False if a stop was asked for before that."""
     optimizer, start, log, checkpoint = make_optimizer(policy, cfg), 0, folder / "log.csv", folder / "checkpoint.pt"
+    first, in_a_row = processes()[0] == 0, 0
     if checkpoint.is_file():
         saved = run_folder.load_checkpoint(checkpoint, policy.model, optimizer)
         start = saved["step"]
         seconds.update(saved["seconds"])
-    run_folder.write_log(log, run_folder.read_log(log, before_step=start))
-    with run_folder.StopRequest() as stop, tqdm(desc="agrpo", unit="step", initial=start, total=max(start, cfg.max_steps)) as progress:
+    once(lambda: run_folder.write_log(log, run_folder.read_log(log, before_step=start)))
+    with (run_folder.tracker(cfg, folder) as track, run_folder.StopRequest() as stop,
+          tqdm(desc="agrpo", unit="step", initial=start, total=max(start, cfg.max_steps), disable=None if first else True) as progress):
         for step in range(start, cfg.max_steps):
             row = train_step(policy, tokenizer, optimizer, examples, step, cfg)
             for part in ("rollout", "update"):
@@ -876,61 +1087,87 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
                 result = evaluate(policy, tokenizer, cfg, heldout, steps_of(cfg)[0])
                 row["heldout"], seconds["eval"] = result["solved"], seconds["eval"] + result["seconds"]
-            run_folder.append_log(log, row)                      # the row first, then the checkpoint: a run killed in
-            if (step + 1) % cfg.save_every == 0 or stop.wanted or step + 1 == cfg.max_steps:   # between repeats a step
-                run_folder.save_checkpoint(checkpoint, policy.model, optimizer, step=step + 1, seconds=seconds)
+            stopped, in_a_row = anyone(stop.wanted), in_a_row + 1 if row["skipped"] else 0
+            if first:
+                run_folder.append_log(log, row)                  # the row first, then the checkpoint: a run killed in
+            if (step + 1) % cfg.save_every == 0 or stopped or step + 1 == cfg.max_steps:       # between repeats a step
+                run_folder.save_checkpoint(checkpoint, policy.model, optimizer, first, step=step + 1, seconds=seconds)
+            track(row)
+            if in_a_row == GIVE_UP:
+                raise FloatingPointError(f"step {step}: loss or gradient was not finite {GIVE_UP} times in a row; no such step changed the weights, "
+                                         "the last checkpoint is intact (try a lower --lr)")
             progress.update()
             progress.set_postfix({k: f"{row[k]:.3g}" for k in ("reward", "solved", "ratio", "grad_norm", "entropy", "nfe")})
-            if stop.wanted:
+            if stopped:
                 return step + 1 == cfg.max_steps
     return True
+
+
+def prepare(cfg: Config, folder: Path, examples: list, overwrite: bool):
+    """The last checks, what the run will cost, and the run's folder."""
+    if cfg.model != "tiny":
+        checkpoint, tokenizer, _ = open_checkpoint(cfg)
+        length = check_context(checkpoint.config, tokenizer, cfg, examples)
+        print(run_folder.announce(checkpoint.config, cfg, length, device_for(cfg), processes()[1]), flush=True)
+    if overwrite:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(folder / "config.json", dataclasses.asdict(cfg))
 
 
 def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base: bool = False) -> int:
     """Everything that `python agrpo.py` does: base, evaluation, training, evaluation, table. Returns the exit code."""
     folder = Path("runs") / cfg.name
-    run_folder.check(folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
+    once(run_folder.check, folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data, cfg.test_data)
     begin = time.perf_counter()
-    policy, tokenizer = open_model(cfg, rebuild_base)
-    check_context(policy, tokenizer, cfg, examples + heldout)
-    if overwrite:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(folder / "config.json", dataclasses.asdict(cfg))
+    once(prepare, cfg, folder, examples + heldout, overwrite)
+    policy, tokenizer = open_model(cfg, rebuild_base, train=True)
+    size = [sum(p.numel() for p in policy.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)]
+    if cfg.fsdp == "on":
+        shard(policy)
     seconds = {"base_model": time.perf_counter() - begin, "rollout": 0.0, "update": 0.0, "eval": 0.0}
-    size = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    print(f"{cfg.model} model of {size:.2f} M parameters; {cfg.task}: {len(examples)} examples, {len(heldout)} held out; {folder}",
-          flush=True)
+    say(f"{cfg.model} model of {size[0]:.2f} M parameters{f', {size[1]:.2f} M of them trained' if size[1] < size[0] else ''}; {cfg.task}: "
+        f"{len(examples)} examples, {len(heldout)} held out; {folder}")
 
-    if not (folder / "eval_base.json").is_file():                                    # a resumed run has it
-        run_folder.write_json(folder / "eval_base.json", [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)])
+    if not once((folder / "eval_base.json").is_file):                                # a resumed run has it
+        results = [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)]
+        once(run_folder.write_json, folder / "eval_base.json", results)
     base = run_folder.read_json(folder / "eval_base.json", list)
-    print(f"base: {run_folder.percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} steps", flush=True)
+    say(f"base: {run_folder.percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} steps")
     if not train(policy, tokenizer, cfg, folder, examples, heldout[:(len(heldout) + 1) // 2], seconds):
-        print("stopped; the same command with --resume continues")
+        say("stopped; the same command with --resume continues")
         return 130
     trained = [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)]
     seconds["eval"] += sum(r["seconds"] for r in base + trained)
     save_model(policy, tokenizer, folder / "model", cfg)
-    run_folder.report(folder, cfg, heldout, base, trained, seconds)
+    once(run_folder.report, folder, cfg, heldout, base, trained, seconds)
     return 0
 
 
 def parse(argv) -> tuple[Config, dict]:
-    """The command line: every field of Config is a flag; what is not given comes from the preset, then from the task's shape."""
+    """The command line: every field of Config is a flag; what is not given comes from the preset, the recipe or the task's shape."""
     parser = run_folder.Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run_folder.add_flags(parser, Config(), CHOICES)
     for flag, text in (("--resume", "continue runs/NAME"), ("--overwrite", "replace runs/NAME"),
                        ("--rebuild-base", "train the tiny base model again")):
         parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("--merge", metavar="DIR", default="", help="write the adapter of --model and its base to DIR as one checkpoint, and stop")
     given = vars(parser.parse_args(argv))
-    flags = {k: given.pop(k) for k in ("resume", "overwrite", "rebuild_base")}
-    cfg = dataclasses.replace(config_for(given.get("task", Config.task)), **{**PRESETS.get(given.get("preset"), {}), **given})
+    flags = {k: given.pop(k) for k in ("resume", "overwrite", "rebuild_base", "merge")}
+    run_folder.check_settings(dataclasses.replace(Config(), **given), CHOICES, set(MAY_BE_ZERO))
+    cfg = config_for(given.get("task", Config.task), given.get("model", ""), given.get("preset", ""))
+    if "completion_length" in given:                                                 # a shape of one's own is also evaluated
+        cfg = dataclasses.replace(cfg, eval_length=0, eval_block_length=0)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        cfg = dataclasses.replace(cfg, fsdp="on")
+    cfg = dataclasses.replace(cfg, **given)
     cfg = dataclasses.replace(with_prompt(cfg), name=cfg.name or f"{cfg.task}-{cfg.preset or cfg.method}-seed{cfg.seed}")
     saved = Path("runs") / cfg.name / "config.json"
     if flags["resume"] and saved.is_file():                                          # the folder's settings, then the flags given
         cfg = dataclasses.replace(run_folder.read_settings(saved, Config), **{**given, "name": cfg.name})
+    elif not flags["merge"]:
+        cfg = with_blocks(cfg, given)
     validate(cfg)
     return cfg, flags
 
@@ -939,13 +1176,27 @@ def main(argv=None) -> int:
     """The command line; returns the exit code: 0 done, 1 the run failed, 2 a mistake of the caller, 130 stopped."""
     try:
         cfg, flags = parse(argv)
+        if path := flags.pop("merge"):
+            merge(cfg, Path(path))
+            print(f"merged: {path}")
+            return 0
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            import accelerate
+            accelerate.PartialState(cpu=device_for(cfg) == "cpu")                    # joins the processes
         return run(cfg, **flags)
     except (BadInput, FloatingPointError) as error:
-        print(f"agrpo: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"agrpo: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
+    except torch.OutOfMemoryError as error:
+        print(f"agrpo: {run_folder.out_of_memory(error, cfg)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact: --resume continues", file=sys.stderr)
         return 130
+    finally:
+        if processes()[1] > 1:
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -19,12 +19,15 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
+import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -172,19 +175,43 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
                        f"{', '.join(f'{k}={settings[k]!r}' for k in other)}")
 
 
-def save_checkpoint(path: Path, model, optimizer, **rest):
-    """Weights of both and the rest, atomically."""
+def whole(value):
+    """Sharded tensors put together, in nested dicts, on the CPU. All processes must call it."""
+    if isinstance(value, dict):
+        return {k: whole(v) for k, v in value.items()}
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+
+
+def trained_weights(model) -> dict:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(path: Path, model, optimizer, write: bool = True, **rest):
+    """The trained weights, the optimizer's state and the rest, atomically. With several processes all take part, one writes."""
     import torch
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **rest}
-    write_atomically(path, lambda f: torch.save(state, f))
+    state = {"model": whole({k: p.data for k, p in trained_weights(model).items()}), "optimizer": whole(optimizer.state_dict()), **rest}
+    if write:
+        write_atomically(path, lambda f: torch.save(state, f))
 
 
 def load_checkpoint(path: Path, model, optimizer) -> dict:
     """Puts a checkpoint's weights into model and optimizer, returns the step and seconds it was saved at; raises BadInput."""
     import torch
+
+    def like(value, parameter):                                                      # a shard of what was saved whole
+        if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+            return value
+        return torch.distributed.tensor.distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     try:
-        saved = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
-        model.load_state_dict(saved["model"])
+        saved, weights = torch.load(path, map_location=next(model.parameters()).device, weights_only=True), trained_weights(model)
+        if saved["model"].keys() != weights.keys():
+            raise ValueError("it holds other weights")
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.copy_(like(saved["model"][name], parameter))
+        for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            for k, value in saved["optimizer"]["state"].get(i, {}).items():
+                saved["optimizer"]["state"][i][k] = like(value, parameter)
         optimizer.load_state_dict(saved["optimizer"])
         return {"step": saved["step"], "seconds": saved["seconds"]}
     except Exception as error:                                                       # torch raises many kinds
@@ -233,6 +260,377 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     print(table(["steps", "NFE", "base", "trained"], lines))
     print(f"{len(rows)} training steps, {seconds['total']:.0f} s in all. Look at {folder}/{'curve' if rows else 'frontier'}.png and "
           f"{folder}/samples.txt")
+
+
+# ------------------------------------------------------------------------- models: published checkpoints in stock classes
+class Family(NamedTuple):
+    """How the checkpoints of one model_type become a stock class of transformers."""
+    stock: str                         # Llama: LlamaForCausalLM, LlamaConfig
+    fields: dict                       # field of the stock config -> its names in config.json, the first that is there
+    fixed: dict                        # what config.json must say, where it says anything but null
+    keys: dict = {}                    # names of weights: regular expression as published -> stock
+    shift: bool = False                # the logits of position j stand at j - 1
+    blocks: bool = False               # attention is block-causal: a token sees its own block and those before
+
+
+LLADA_FIELDS = {"vocab_size": ("embedding_size", "vocab_size"), "hidden_size": ("d_model",), "intermediate_size": ("mlp_hidden_size",),
+                "num_hidden_layers": ("n_layers",), "num_attention_heads": ("n_heads",), "num_key_value_heads": ("n_kv_heads", "n_heads"),
+                "rms_norm_eps": ("rms_norm_eps",), "rope_theta": ("rope_theta",), "max_position_embeddings": ("max_sequence_length",),
+                "tie_word_embeddings": ("weight_tying",)}
+LLADA_FIXED = {"block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "block_group_size": 1, **dict.fromkeys(
+    ("include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm", "scale_logits", "input_emb_norm", "alibi",
+     "multi_query_attention"), False)}
+LLADA_KEYS = {r"^model\.transformer\.wte\.": "model.embed_tokens.", r"^model\.transformer\.ln_f\.": "model.norm.",
+              r"^model\.transformer\.ff_out\.": "lm_head.", **{
+                  rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{stock}." for theirs, stock in (
+                      ("q_proj", "self_attn.q_proj"), ("k_proj", "self_attn.k_proj"), ("v_proj", "self_attn.v_proj"),
+                      ("attn_out", "self_attn.o_proj"), ("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj"),
+                      ("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"))}}
+QWEN_FIELDS = {name: (name,) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                          "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")}
+QWEN_FIXED = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False, "use_mrope": False, "attention_bias": False}
+QWEN3_FIELDS = {**QWEN_FIELDS, "head_dim": ("head_dim",)}
+
+FAMILIES = {                           # model_type of config.json
+    "llada": Family("Llama", LLADA_FIELDS, LLADA_FIXED, LLADA_KEYS),                 # LLaDA-8B, LLaDA-1.5
+    "Dream": Family("Qwen2", QWEN_FIELDS, {**QWEN_FIXED, "attention_bias": True}, shift=True),      # Dream-v0, DiffuCoder
+    "sdar": Family("Qwen3", QWEN3_FIELDS, QWEN_FIXED, blocks=True),                  # SDAR, TraDo
+    "a2d-qwen3": Family("Qwen3", QWEN3_FIELDS, QWEN_FIXED),                          # dllm-hub's Qwen3 diffusion models
+    "llama": Family("Llama", QWEN_FIELDS, {"is_causal": False, **QWEN_FIXED}),       # the tiny models made here
+}
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Checkpoint(NamedTuple):
+    """What config.json says."""
+    folder: Path                       # with the weights, or only config.json so far
+    family: Family
+    config: object                     # of the stock class
+    mask_id: int | None                # None: the tokenizer knows
+    block: int                         # of the attention, 0: every token sees every token
+
+
+def in_run(folder: Path) -> Path:
+    """The model of a run folder; any other folder as it is. Raises BadInput for a run that has none yet."""
+    if any((folder / "model" / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return folder / "model"
+    if (folder / "log.csv").is_file():
+        raise BadInput(f"--model {folder}: this run is not finished; agrpo.py --resume finishes it")
+    return folder
+
+
+def find_folder(model: str, weights: bool = True) -> Path:
+    """--model -> a local directory: itself, or the hub's repository, downloaded once (without weights: the small files). Raises BadInput."""
+    if Path(model).is_dir():
+        return in_run(Path(model))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).parent.is_dir():
+        raise BadInput(f"--model {model}: no such directory; give 'tiny', a checkpoint directory, or the hub's owner/name")
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.jinja", "*.model", "*.py", *["*.safetensors"] * weights]))
+    except Exception as error:                                                       # no such repository, no network, no room on the disk
+        raise BadInput(f"--model {model}: neither a directory here nor found on the hub: {first_line(error)}") from None
+
+
+def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
+    """config.json of a directory -> what is known without weights. `block` overrides the one in the file. Raises BadInput: one line that says
+    what was found and what is supported."""
+    import transformers                                                              # seconds to import: after the checks
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"--model {name or folder}: no config.json there; give 'tiny', a checkpoint directory, or the hub's owner/name")
+    known = read_json(folder / "config.json")
+    kind, where = known.get("model_type"), f"--model {name or folder}"
+    family, mask_id = FAMILIES.get(kind) if isinstance(kind, str) else None, known.get("mask_token_id")
+    if not family or kind == "llama" and mask_id is None:
+        raise BadInput(f"{where}: model_type {kind!r} with mask_token_id {mask_id!r}; supported are masked diffusion models of type "
+                       f"{', '.join(FAMILIES)}")
+    rope = known.get("rope_parameters") if isinstance(known.get("rope_parameters"), dict) else {}      # as transformers 5 writes it
+    known = {**known, "rope_theta": known.get("rope_theta", rope.get("rope_theta"))}
+    if (scaled := rope.get("rope_type", "default")) != "default":
+        raise BadInput(f"{where}: rope_type {scaled!r} is not supported")
+    for name_, value in family.fixed.items():
+        if known.get(name_) not in (None, value):
+            raise BadInput(f"{where}: {name_} {known[name_]!r} is not supported, only {value!r}")
+    fields = {}
+    for field, names in family.fields.items():
+        value = next((known[n] for n in names if known.get(n) is not None), None)
+        if field == "tie_word_embeddings":
+            value = bool(value)
+        elif not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise BadInput(f"{where}: its config.json has {' or '.join(names)} {value!r}")
+        fields[field] = value
+    if mask_id is not None and (type(mask_id) is not int or not 0 <= mask_id < fields["vocab_size"]):
+        raise BadInput(f"{where}: mask_token_id {mask_id!r} in a vocabulary of {fields['vocab_size']}")
+    theta = fields.pop("rope_theta")
+    try:                                                                             # pad_token_id would take the gradient of its row away
+        config = getattr(transformers, family.stock + "Config")(**fields, rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
+                                                                pad_token_id=None, bos_token_id=None, eos_token_id=None, use_cache=False)
+    except Exception as error:                                                       # its own checks
+        raise BadInput(f"{where}: {first_line(error)}") from None
+    config.is_causal, config.mask_token_id = False, mask_id
+    block = block or (known.get("block_size") if family.blocks else 0)
+    if type(block) is not int or block < 0 or family.blocks and not block:
+        raise BadInput(f"{where}: a block-causal model whose config.json does not give block_size: give --model-block (SDAR and TraDo: 4)")
+    return Checkpoint(folder, family, config, mask_id, block)
+
+
+def load_tokenizer(folder: Path):
+    """By its own files alone: published classes need remote code, and read config.json. Raises BadInput."""
+    import transformers
+    try:
+        kind = transformers.PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else transformers.Qwen2Tokenizer       # Dream's
+        return kind.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:                                                       # whatever the libraries raise on a bad file
+        raise BadInput(f"--model {folder}: its tokenizer cannot be read: {first_line(error)}") from None
+
+
+def load_model(checkpoint: Checkpoint, dtype, quantize: str = "", device: str = "cpu"):
+    """The stock model with every weight found, attention in both directions, in `dtype` on the device. Raises BadInput."""
+    import torch
+    import transformers
+    folder, family, config = checkpoint.folder, checkpoint.family, checkpoint.config
+    transformers.utils.logging.set_verbosity_error()                                 # what does not fit is an error here, not a report
+    transformers.utils.logging.disable_progress_bar()
+    settings = {"device_map": device} if torch.device(device).type != "cpu" else {}  # straight to the device
+    if quantize:
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    try:
+        model, info = getattr(transformers, family.stock + "ForCausalLM").from_pretrained(
+            folder, config=config, key_mapping=family.keys or None, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
+            ignore_mismatched_sizes=True, **settings)                                # they are listed in info, and refused below
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise BadInput(f"--model {folder}: {first_line(error)}") from None
+    if config.tie_word_embeddings and not head_is_tied(checkpoint):
+        raise BadInput(f"--model {folder}: its output weights are not its embeddings, yet config.json says that they are tied")
+    problems = {k: sorted(map(str, info[k]))[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    if problems:
+        raise BadInput(f"--model {folder}: weights do not fit: {problems}")
+    return model
+
+
+def head_is_tied(checkpoint: Checkpoint) -> bool:
+    """False if the files hold output weights that differ from the embeddings (from_pretrained would take no notice)."""
+    import torch
+    from safetensors import safe_open
+    found = {}
+    for file in sorted(checkpoint.folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            for name in f.keys():
+                stock = next((re.sub(old, new, name) for old, new in checkpoint.family.keys.items() if re.match(old, name)), name)
+                if stock in ("lm_head.weight", "model.embed_tokens.weight"):
+                    found[stock] = f.get_tensor(name)
+    return len(found) < 2 or torch.equal(*found.values())
+
+
+def add_adapter(model, rank: int, alpha: float, seed: int):
+    """LoRA on all linear layers, float32, at first without effect."""
+    import peft
+    import torch
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=ALL_LINEAR, lora_dropout=0.0, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():               # initialisation draws from the global generator
+        warnings.simplefilter("ignore", FutureWarning)                               # peft asks transformers by an old name
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+
+def load_adapter(model, folder: Path, trainable: bool):
+    """A saved adapter on its base. Raises BadInput if a weight of it finds no place."""
+    import peft
+    from safetensors import safe_open
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
+            left = set(f.keys()) ^ set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+        if left:
+            raise ValueError(f"weights do not fit: {sorted(left)[:3]}")
+        return model
+    except Exception as error:
+        raise BadInput(f"--model {folder}: adapter: {first_line(error)}") from None
+
+
+def base_of(folder: Path) -> str:
+    """The checkpoint that an adapter directory belongs to. Raises BadInput."""
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise BadInput(f"{folder / 'adapter_config.json'} does not name its base model")
+    return base
+
+
+def stored_dtype(folder: Path):
+    """The precision that a checkpoint's config.json states; float32 if none."""
+    import torch
+    known = read_json(folder / "config.json")
+    dtype = getattr(torch, str(known.get("dtype") or known.get("torch_dtype")).removeprefix("torch."), None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str = "", weights: dict | None = None):
+    """Into a new directory: an adapter as peft writes it, on `base`, or the whole checkpoint in the layout of its source: weights under the
+    published names and in the stated precision, and every small file of the source as it is."""
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(folder, save_embedding_layers=False)                   # else it may save embeddings that were not trained
+        tokenizer.save_pretrained(folder)
+        return
+    weights = model.state_dict() if weights is None else weights
+    dtype = stored_dtype(source) if source else None
+    model.save_pretrained(folder, state_dict={k: v.to(dtype or v.dtype) for k, v in weights.items()})      # the loading's renaming is undone
+    if source is None:
+        tokenizer.save_pretrained(folder)
+        return
+    (folder / "generation_config.json").unlink(missing_ok=True)                      # the source's own, if it has one
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt", ".model", ".py") and not file.name.endswith(".index.json") and file.name != "agrpo.json":
+            shutil.copyfile(file, folder / file.name)
+
+
+def tiny_tokenizer():
+    """One token a character (printable ASCII), with a chat template: the same path as every other checkpoint."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<pad>", "<unk>", "<eos>", "<mask>", "<|user|>", "<|assistant|>"]
+    vocab = {token: i for i, token in enumerate(special + [chr(c) for c in [10, *range(32, 127)]])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
+                                        mask_token="<mask>", additional_special_tokens=special[4:], padding_side="left",
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+                               "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    return tokenizer
+
+
+def tiny_model(tokenizer, cfg):
+    """A stock Llama that attends in both directions, randomly initialised from the seed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.base_hidden, intermediate_size=4 * cfg.base_hidden,
+                         num_hidden_layers=cfg.base_layers, num_attention_heads=cfg.base_hidden // 16,
+                         rope_parameters={"rope_type": "default", "rope_theta": 4.0},    # a context of 40, not 4000:
+                         initializer_range=0.06,                                     # ... a slow rotation cannot tell neighbours apart
+                         max_position_embeddings=256, tie_word_embeddings=False, use_cache=False, is_causal=False,
+                         pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                         mask_token_id=tokenizer.mask_token_id)
+    with torch.random.fork_rng(devices=[]):                                          # initialisation draws from the global one
+        torch.manual_seed(cfg.seed)
+        return LlamaForCausalLM(config)
+
+
+SMALL = 1e9                            # parameters up to which a model may run without a GPU
+
+
+def parameter_count(config) -> int:
+    """Of a stock config, embeddings included."""
+    h, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    head = getattr(config, "head_dim", None) or h // heads
+    layer = 2 * h * head * (heads + kv) + 3 * h * config.intermediate_size + 2 * h
+    return config.num_hidden_layers * layer + h * (config.vocab_size * (1 if config.tie_word_embeddings else 2) + 1)
+
+
+def adapter_count(config, rank: int) -> int:
+    """Parameters of adapters of this rank on all linear layers."""
+    h, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    head = getattr(config, "head_dim", None) or h // heads
+    sides = [(h, heads * head), (h, kv * head), (h, kv * head), (heads * head, h)] + 3 * [(h, config.intermediate_size)]
+    return config.num_hidden_layers * rank * sum(a + b for a, b in sides)
+
+
+def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) -> dict:
+    """Of a training step, from shapes alone: gigabytes of memory per process (weights, trained: gradients and AdamW's moments, and of adapters
+    themselves; rollout, update: what each adds at its peak) and the floating point operations of all processes (rollout_flops, update_flops).
+
+    How many tensors a layer and the sampler hold at once was fitted to measured peaks, and checked on other shapes (tests/memory.py)."""
+    h, I, V, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
+    width, S = 2 if half else 4, prompt_length + cfg.completion_length
+    base, adapters = parameter_count(config), adapter_count(config, cfg.lora_rank)
+    frozen = cfg.lora_rank > 0
+    weights = base * (0.56 if cfg.quantize else width if frozen else 4) + (h * V * 2 if frozen and half and not config.tie_word_embeddings else 0)
+    trained = 16 * adapters if frozen else 12 * base
+    if cfg.fsdp == "on":
+        weights, trained = weights / processes, trained / processes
+    open_ = max(cfg.block_length, cfg.eval_block_length)                             # positions of a row under the LM head
+    together = min(cfg.rollout_batch, cfg.prompts * cfg.completions)
+    rollout = together * (S * width * (3 * (h + I) if frozen else 2 * (h + I)) + open_ * V * 4 * 7.6)
+    layer = width * (8 * h + 4 * I) + (8 * h if half else 0)                         # bytes a token that a layer's backward pass needs
+    kept, again = (width * h, layer) if cfg.gradient_checkpointing == "on" else (layer, 0)
+    update = cfg.micro_batch * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * 4.7)) + (2 * base if half and not frozen and cfg.fsdp == "off" else 0)
+    rows = cfg.prompts * cfg.completions
+    forward = S * (2 * (base - h * V * (1 if config.tie_word_embeddings else 2) + (adapters if frozen else 0)) + 4 * S * h * layers)      # one row, body only
+    passes = (2 if frozen else 3) + (cfg.gradient_checkpointing == "on")             # in units of a forward
+    steps = min(cfg.mc_steps, cfg.steps)
+    return {"weights": weights / 1e9, "trained": trained / 1e9, "rollout": rollout / 1e9, "update": update / 1e9, "total": (weights + trained + max(rollout, update)) / 1e9,
+            "rollout_flops": rows * cfg.steps * (forward + 2 * h * V * cfg.block_length), "update_flops": rows * steps * (passes * forward + 6 * h * V * cfg.block_length)}
+
+
+def matmul_rate(device: str) -> float:
+    """Floating point operations per second of a large matrix product: bfloat16 on a GPU, float32 else."""
+    import torch
+    n, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
+    a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
+    for _ in range(5):
+        clock = time.perf_counter()
+        float((a @ a)[0, 0])                                                         # waits for it
+        best = min(best, time.perf_counter() - clock)
+    return 2 * n**3 / best
+
+
+def announce(config, cfg, prompt_length: int, device: str, processes: int) -> str:
+    """The estimate in words. Raises BadInput if weights and optimizer alone do not fit the GPU."""
+    import torch
+    cost = estimate(config, cfg, prompt_length, device.startswith("cuda"), processes)
+    seconds = [cost[k] / (0.4 * matmul_rate(device) * processes) for k in ("rollout_flops", "update_flops")]
+    size = {k: f"{cost[k]:.1f} GB" if cost[k] >= 1 else f"{1e3 * cost[k]:.0f} MB" for k in ("total", "weights", "trained", "rollout", "update")}
+    text = (f"estimate: {size['total']} of memory (weights {size['weights']}, {'adapters' if cfg.lora_rank else 'gradients'} and optimizer "
+            f"{size['trained']}, rollout {size['rollout']} or update {size['update']}); {duration(sum(seconds))} a step (rollout "
+            f"{duration(seconds[0])}, update {duration(seconds[1])}, at 40 % of this machine's matmul rate), {duration(cfg.max_steps * sum(seconds))} "
+            f"for {cfg.max_steps} steps")
+    if device.startswith("cuda"):
+        room = torch.cuda.get_device_properties(device).total_memory / 1e9
+        if cost["weights"] + cost["trained"] > room:
+            raise BadInput(f"weights and optimizer need {cost['weights'] + cost['trained']:.0f} GB, this GPU has {room:.0f}: "
+                           + ("--quantize 4bit" if cfg.lora_rank else "--lora-rank 64, or --fsdp on with more GPUs"))
+        if cost["total"] > room:
+            text += f"\nwarning: this GPU has {room:.0f} GB; smaller --rollout-batch and --micro-batch or --gradient-checkpointing on need less"
+    return text
+
+
+def duration(seconds: float) -> str:
+    """'12 s', '3.4 min', '2.0 h', '15 days'"""
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600), (math.inf, "days", 86400)):
+        if seconds < limit:
+            return f"{seconds / size:.2g} {unit}" if seconds / size < 9.95 else f"{seconds / size:.0f} {unit}"
+
+
+def out_of_memory(error: Exception, cfg) -> str:
+    """One line: where it ran out, and the flag to change."""
+    frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    where, flags = next(((name, flags) for name, flags in (
+        ("rollout", f"--rollout-batch {max(1, cfg.rollout_batch // 2)}"),
+        ("policy_loss", f"--micro-batch {max(1, cfg.micro_batch // 2)} or --gradient-checkpointing on"),
+        ("backward", f"--micro-batch {max(1, cfg.micro_batch // 2)} or --gradient-checkpointing on")) if name in frames),
+        ("the model", "--preset 24gb, --quantize 4bit or a smaller --lora-rank"))
+    return f"the GPU ran out of memory ({where.replace('policy_loss', 'update').replace('backward', 'update')}): try {flags}; checkpoints are intact, --resume continues"
+
+
+@contextlib.contextmanager
+def tracker(cfg, folder: Path):
+    """Yields track(row of the log): to the tracker of --report-to by accelerate, or nowhere."""
+    if not cfg.report_to:
+        yield lambda row: None
+        return
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=cfg.device == "cpu", log_with=cfg.report_to, project_dir=folder)
+    accelerator.init_trackers("agrpo", dataclasses.asdict(cfg))
+    try:
+        yield lambda row: accelerator.log({k: v for k, v in row.items() if not isinstance(v, str)}, step=row["step"])
+    finally:
+        accelerator.end_training()
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -490,7 +888,7 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     return 0
 
 
-SAMPLING = ("task", "model", "data", "prompt", "system_prompt", "seed", "device", "block_length", "unmasking", "order_score", "tau_pos",
+SAMPLING = ("task", "model", "model_block", "quantize", "data", "prompt", "system_prompt", "seed", "device", "block_length", "unmasking", "order_score", "tau_pos",
             "threshold", "entropy_bound", "temperature", "top_k", "top_p")               # what an evaluation takes of agrpo.Config
 
 
@@ -513,16 +911,19 @@ def settings_of(args) -> tuple:
     """The command line -> Config of the sampler, and the (length, steps) to evaluate. Raises BadInput before any work."""
     import agrpo                                                             # here: agrpo itself imports this file
     given = {k: v for k, v in vars(args).items() if k in SAMPLING}
-    path = Path(given.get("model", "tiny"))
-    if str(path) != "tiny" and (path / "model" / "config.json").is_file():           # a run folder
-        path = path / "model"
-    elif (path / "checkpoint.pt").is_file():
-        raise BadInput(f"--model {path}: this run is not finished; agrpo.py --resume finishes it")
+    path = Path(given.get("model") or agrpo.config_for(given.get("task", "sudoku")).model)
+    path = in_run(path)
     known = read_json(path / "agrpo.json") if (path / "agrpo.json").is_file() else {}
     task = given.get("task") or str(known.get("task", "sudoku"))
-    shape = {k: known[k] for k, kind in (("completion_length", int), ("block_length", int), ("eval_steps", str)) if type(known.get(k)) is kind}
-    cfg = agrpo.config_for(task)
-    cfg = dataclasses.replace(cfg, **{**(shape if known.get("task") == task else {}), **agrpo.EVALUATION, **given, "task": task, "model": str(path)})
+    given |= {"task": task, "model": str(path)}
+    cfg = agrpo.config_for(task, str(path))
+    if known.get("task") == task:                                                    # the shape it was evaluated with in training
+        known = {"completion_length": known.get("eval_length") or known.get("completion_length"),
+                 "block_length": known.get("eval_block_length") or known.get("block_length"), "eval_steps": known.get("eval_steps")}
+        if [type(x) for x in known.values()] == [int, int, str]:
+            cfg = dataclasses.replace(cfg, eval_length=0, eval_block_length=0, **known)
+    cfg = agrpo.with_blocks(dataclasses.replace(cfg, **given, rollout_batch=args.batch), given)
+    cfg = dataclasses.replace(agrpo.evaluation_config(cfg), **given, eval_length=0, eval_block_length=0)
     if not 0 < args.samples < 10**6 or not 0 <= args.limit <= 10**5 or args.batch < 1:
         raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000")
     if args.samples > 1 and cfg.temperature == 0 and cfg.unmasking != "random":
@@ -543,8 +944,10 @@ def run(args) -> int:
     if args.out:                                                                     # before a model is opened or trained
         open_completions(Path(args.out), settings, args.overwrite)
     examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)
+    if cfg.model != "tiny":
+        checkpoint, tokenizer, _ = agrpo.open_checkpoint(cfg)
+        agrpo.check_context(checkpoint.config, tokenizer, dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
     policy, tokenizer = agrpo.open_model(cfg)
-    agrpo.check_context(policy, tokenizer, dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
     settings |= {"weights": fingerprint(policy.model)}
     name = Path(cfg.model).parent.name if Path(cfg.model).name == "model" else Path(cfg.model).name
     out = Path(args.out or f"runs/eval-{cfg.task}-{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.jsonl")

@@ -28,8 +28,8 @@ def said(examples, keys):
 def tiny(here, quick, monkeypatch):
     """A cached tiny base of a few steps under the default flags of eval.py."""
     config_for = agrpo.config_for
-    monkeypatch.setattr(agrpo, "config_for", lambda task: agrpo.dataclasses.replace(
-        config_for(task), base_steps=4, base_batch=4, train_examples=32))
+    monkeypatch.setattr(agrpo, "config_for", lambda *which: agrpo.dataclasses.replace(
+        config_for(*which), base_steps=4, base_batch=4, train_examples=32))
     return here
 
 
@@ -216,7 +216,7 @@ def test_regrade_reads_published_generations(here, capsys):
 @pytest.mark.parametrize("flags, word", [
     (["--steps", "4,x"], "--steps"), (["--step", "4"], "--step"), (["--steps", "3"], "3 steps"), (["--lengths", "16,15"], "15"), (["--lengths", ","], "--lengths"), (["--steps", "0"], "0 steps"),
     (["--samples", "4"], "--temperature"), (["--samples", "0"], "--samples"), (["--limit", "-1"], "--limit"), (["--out", "x.json"], ".jsonl"),
-    (["--out", "dir.jsonl"], ".jsonl"), (["--prompt", "d2"], "--prompt"), (["--task", "gsm8k"], "tiny"), (["--model", "nowhere"], "config.json"),
+    (["--out", "dir.jsonl"], ".jsonl"), (["--prompt", "d2"], "--prompt"), (["--task", "gsm8k"], "tiny"), (["--model", "nowhere"], "no such directory"),
     (["--regrade", "no.jsonl", "--task", "math"], "no.jsonl"), (["--regrade", "empty.jsonl", "--task", "math"], "no completions"),
     (["--out", "x" * 300 + ".jsonl", "--limit", "2", "--steps", "4"], ".jsonl"), (["--regrade", "bad.jsonl", "--task", "math"], "bad.jsonl:2"),
     (["--regrade", "rows.jsonl"], "--task"), (["--regrade", "rows.jsonl", "--task", "math"], "rows.jsonl:1"), (["--regrade", "list.jsonl", "--task", "math"], "list.jsonl:1"),

@@ -445,19 +445,38 @@ def test_broken_files_of_a_run_are_one_line(here, quick, capsys):
 
 
 @pytest.mark.parametrize("timesteps", agrpo.TIMESTEPS)
-def test_weights_that_are_not_finite_stop_the_run(timesteps):
+def test_a_step_on_weights_that_are_not_finite_is_skipped(timesteps):
     policy, tokenizer = tiny()
     with torch.no_grad():
         policy.model.lm_head.weight[40] = float("nan")
-    with pytest.raises(FloatingPointError):
-        agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.1), examples(), 0,
-                         dataclasses.replace(CFG, timesteps=timesteps))
+    optimizer = Watched(policy.model.parameters(), lr=0.1)
+    row = agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, dataclasses.replace(CFG, timesteps=timesteps))
+    assert row["skipped"] == 1 and row["passes"] == 0 and optimizer.steps == 0
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(monkeypatch):
-    policy, tokenizer = tiny()
-    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float("nan")})
-    before = policy.model.model.embed_tokens.weight.clone()
-    with pytest.raises(FloatingPointError):
-        agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.1), examples(), 0, CFG)
-    assert torch.equal(before, policy.model.model.embed_tokens.weight)
+@pytest.mark.parametrize("where", ["reward", "loss", "gradient"])
+def test_what_is_not_finite_is_skipped_counted_and_stops_the_run_after_three_in_a_row(here, quick, monkeypatch, where, varied_reward, capsys):
+    loss_of, parts_of, calls = agrpo.policy_loss, agrpo.reward_parts, []
+
+    def broken(policy, *args):                                                       # steps 1, 3, 4, 5 of 0..5, a micro-batch each
+        loss, ratio = loss_of(policy, *args)
+        calls.append(1)
+        bad = len(calls) - 1 in (1, 3, 4, 5)
+        weight = policy.model.get_input_embeddings().weight
+        if where == "gradient" and bad:                                              # finite loss, infinite slope
+            loss = loss + ((weight - weight.detach()).abs().sum()).sqrt()
+        return (loss * float("nan") if where == "loss" and bad else loss), ratio
+
+    def no_number(task, text, ex, weights):
+        calls.append(1)
+        return {"correct": float("nan") if (len(calls) - 1) // 8 in (1, 3, 4, 5) else parts_of(task, text, ex, weights)["correct"]}
+
+    monkeypatch.setattr(agrpo, *(("reward_parts", no_number) if where == "reward" else ("policy_loss", broken)))
+    assert agrpo.main([*quick, "--eval-every", "0", "--max-steps", "9", "--name", "x"]) == 1
+    assert "3 times in a row" in capsys.readouterr().err and [row["skipped"] for row in rows_of("x")] == ["0", "1", "0", "1", "1", "1"]
+    saved = weights_of("x")
+    assert all(bool(v.isfinite().all()) for v in saved["model"].values()) and saved["step"] == 6
+    assert saved["optimizer"]["state"][0]["step"] == 2                                 # two of the six changed the weights
+    monkeypatch.setattr(agrpo, "policy_loss", loss_of)
+    monkeypatch.setattr(agrpo, "reward_parts", parts_of)
+    assert agrpo.main(["--name", "x", "--resume", "--max-steps", "7"]) == 0

@@ -22,7 +22,7 @@ class TableDenoiser:
         g = torch.Generator().manual_seed(seed)
         self.C, self.V, self.mask_id, self.eos_id = C, V, V, V - 1 if eos else -1
         self.table = (scale * torch.randn((V + 1) ** C, C, V, generator=g, dtype=torch.float64)).requires_grad_()
-        self.model = self
+        self.model, self.turn_id, self.block = self, None, 0
 
     def parameters(self):
         return [self.table]

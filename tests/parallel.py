@@ -1,0 +1,48 @@
+"""One training step, its gradient saved by the first process. Started by tests/test_parallel.py, alone or by torchrun:
+python tests/parallel.py MODEL_DIR OUT.pt lora|full|fsdp PROMPTS"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import agrpo  # noqa: E402
+from rewards import TASKS  # noqa: E402
+
+
+def main(model, out, kind, prompts):
+    import os
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import accelerate
+        accelerate.PartialState(cpu=True)
+    torch.set_num_threads(1)
+    cfg = agrpo.Config(task="countdown", model=model, prompt="bare", device="cpu", prompts=int(prompts), completions=4, completion_length=12, block_length=4,
+                       steps=6, mc_steps=2, unmasking="low_confidence", lora_rank=4 if kind == "lora" else 0, micro_batch=3, rollout_batch=5,
+                       max_grad_norm=1e9, gradient_checkpointing="on")
+    policy, tokenizer = agrpo.load_policy(model, "cpu", cfg, train=True)
+    policy.double()
+    if kind == "lora":                                               # B is zero at first, and A would get no gradient
+        for i, (name, p) in enumerate(sorted(policy.named_parameters())):
+            if "lora_B" in name:
+                p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+    if kind == "fsdp":
+        agrpo.shard(policy)
+    agrpo.reward_parts = lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)}
+    trained, grads = [(n, p) for n, p in policy.named_parameters() if p.requires_grad], {}
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            grads.update({name: agrpo.run_folder.whole({"x": p.grad})["x"].clone() for name, p in trained})
+            return super().step(closure)
+
+    optimizer = Watched([p for _, p in trained], lr=0.1)
+    row = agrpo.train_step(policy, tokenizer, optimizer, TASKS["countdown"].generate(8, 0, "train"), 0, cfg)
+    after = agrpo.run_folder.whole({name: p.data for name, p in trained})
+    if agrpo.processes()[0] == 0:
+        torch.save({"grads": grads, "after": after, "row": {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k}}, out)
+    if agrpo.processes()[1] > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
