@@ -48,13 +48,12 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 from tqdm import tqdm
 
 import eval as run_folder              # evaluation, figures and the files of a run
-from eval import (SMALL, add_adapter, base_of, find_folder, load_adapter, load_model, load_tokenizer, parameter_count, read_checkpoint,
-                  save_weights, stored_dtype, tiny_model, tiny_tokenizer)
+from eval import (SMALL, adapter_shape, add_adapter, anyone, base_of, computed_again, encode_prompts, end_of_turn, everyones, load_adapter, load_model, merge,
+                  once, open_checkpoint, parameter_count, processes, save_weights, say, tiny_model, tiny_tokenizer)
 from rewards import FORMATS, TASKS, BadInput, grade, load_examples, load_split, overlong, prompt_for, read_weights, reward_parts
 
 
@@ -629,23 +628,6 @@ def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
-def processes() -> tuple[int, int]:
-    """This process's rank, and how many there are; accelerate launch and torchrun start several."""
-    import torch.distributed as dist
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def everyones(objects: list) -> list:
-    """The lists of all processes, one after the other."""
-    if processes()[1] == 1:
-        return objects
-    from accelerate.utils import gather_object
-    return gather_object(objects)
-
-
-def anyone(wants: bool) -> bool:
-    """Whether any process does. All must ask."""
-    return any(everyones([wants]))
 
 
 def generate(policy, tokenizer, cfg: Config, examples: list, keys: list) -> tuple[Trajectory, list]:
@@ -713,7 +695,8 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     traj, texts = generate(policy, tokenizer, cfg, batch, [("rollout", cfg.seed, step, i) for i in range(len(batch))])
     # reward and advantage
     weights = read_weights(cfg.task, cfg.reward_weights)
-    parts = [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)]
+    parts = once(lambda: [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)])       # a grader may run into its time limit:
+    solved = once(lambda: [grade(cfg.task, text, ex) == 1 for text, ex in zip(texts, batch)])                  # one process's word is all's
     if cfg.overlong_penalty:
         parts = [{**p, "overlong": -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)}
                  for p, n in zip(parts, traj.length.tolist())]
@@ -744,7 +727,7 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     ratios = everyones(ratios)
     ratio, mean = torch.cat(ratios or [torch.ones(1)]), lambda xs: float(np.mean(list(xs)))
     return {"step": step, "reward": float(reward.mean()), **{f"reward_{k}": mean(p[k] for p in parts) for k in parts[0]},
-            "solved": mean(grade(cfg.task, t, ex) == 1 for t, ex in zip(texts, batch)), "ratio": float(ratio.mean()),
+            "solved": mean(solved), "ratio": float(ratio.mean()),
             "clip_fraction": float(((ratio - 1).abs() > cfg.clip).float().mean()), "grad_norm": float(grad_norm),
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
             "passes": len(views.row), "skipped": int(not finite), "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(),
@@ -752,45 +735,13 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
 
 
 # ---------------------------------------------------------------------------------------------------- prompts and models
-def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """(user message, what the completion is made to begin with), through the tokenizer's chat template -> ids and mask (N, P),
-    left padded."""
-    texts = [tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False) + begin
-             for message, begin in prompts]
-    out = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    return out["input_ids"], out["attention_mask"]
-
-
-def end_of_turn(tokenizer) -> int | None:
-    """The special token, other than EOS, that the chat template writes after an answer; None if there is none."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
-    after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"][:1]
-    return after[0] if after and after[0] in tokenizer.added_tokens_decoder and after[0] != tokenizer.eos_token_id else None
-
-
-def open_checkpoint(cfg: Config, weights: bool = False):
-    """cfg.model, what is known of it without its weights -> Checkpoint, tokenizer, directory of its adapter or None. Raises BadInput."""
-    folder, adapter = find_folder(cfg.model, weights), None
-    if (folder / "adapter_config.json").is_file():
-        adapter, folder = folder, find_folder(base_of(folder), weights)
-    checkpoint = read_checkpoint(folder, cfg.model_block, cfg.model)
-    tokenizer = load_tokenizer(adapter or folder)
-    mask_id = tokenizer.mask_token_id if checkpoint.mask_id is None else checkpoint.mask_id
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token                 # padding is masked, whatever it is
-    try:
-        encode_prompts(tokenizer, [("1", "")])
-    except Exception as error:                                                       # a broken template
-        raise BadInput(f"--model {cfg.model}: {run_folder.first_line(error)}") from None
-    for token, name in ((mask_id, "mask"), (tokenizer.eos_token_id, "end-of-sequence")):
-        if token is None or token >= checkpoint.config.vocab_size:
-            raise BadInput(f"--model {cfg.model}: neither its config.json nor its tokenizer gives a {name} token of its vocabulary")
-    return checkpoint._replace(mask_id=mask_id), tokenizer, adapter
 
 
 def load_policy(model: str, device: str, cfg: Config = Config(), train: bool = False) -> tuple[Policy, object]:
     """A directory or the hub's owner/name -> policy, tokenizer. To train: with adapters if lora_rank, else all of it in float32; what is
     not trained is bfloat16 on a GPU. Raises BadInput unless it is a masked diffusion model of FAMILIES whose every weight is found."""
     checkpoint, tokenizer, adapter = open_checkpoint(dataclasses.replace(cfg, model=model), weights=True)
+    device = "cpu" if train and cfg.fsdp == "on" else device                         # whole in main memory; shard moves the parts
     half, full = torch.device(device).type == "cuda", train and not cfg.lora_rank
     net = load_model(checkpoint, torch.bfloat16 if half and not full else torch.float32, cfg.quantize, device)
     if half and not full and not checkpoint.config.tie_word_embeddings:
@@ -801,26 +752,17 @@ def load_policy(model: str, device: str, cfg: Config = Config(), train: bool = F
     elif train and not full:
         net = add_adapter(net, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     policy = Policy(net, checkpoint.mask_id, tokenizer.eos_token_id, end_of_turn(tokenizer), checkpoint.family.shift, checkpoint.block)
-    policy.source = checkpoint.folder
+    policy.source, policy.base = checkpoint.folder, base_of(adapter) if adapter else model
     for layer in net.get_decoder().layers if train and cfg.gradient_checkpointing == "on" else ():
         layer.forward = computed_again(layer.forward)
-    return policy.to(device), tokenizer
+    return policy if cfg.quantize else policy.to(device), tokenizer
 
 
-def computed_again(forward: Callable) -> Callable:
-    """Gradient checkpointing: only the inputs of `forward` are kept, and it runs a second time in the backward pass."""
-    def run(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-    return run
-
-
-def shard(policy):
-    """FSDP: each process keeps a part of every weight, its gradient and its optimizer state."""
+def shard(policy, device: str = "cpu"):
+    """FSDP: each process keeps a part of every weight, its gradient and its optimizer state, on the device."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    kind = next(policy.parameters()).device.type
+    kind = torch.device(device).type
     how = {"mesh": init_device_mesh(kind, (processes()[1],)), "reshard_after_forward": True,       # else policy.parameters() may be gathered copies
            "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if kind == "cuda" else MixedPrecisionPolicy()}
     for layer in policy.model.get_decoder().layers:
@@ -837,25 +779,12 @@ def save_model(policy, tokenizer, path: Path, cfg: Config):
         return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")                   # two processes may make the same base
     source = getattr(policy, "source", None)
-    save_weights(policy.model, tokenizer, partial, source, base=str(source) if Path(cfg.model).is_dir() else cfg.model, weights=weights)
+    save_weights(policy.model, tokenizer, partial, source, getattr(policy, "base", ""), weights)
     run_folder.write_json(partial / "agrpo.json", dataclasses.asdict(cfg))
     if path.exists():
         path.rename(old := path.with_name(f"{path.name}.{os.getpid()}.old"))
         shutil.rmtree(old)
     partial.rename(path)
-
-
-def merge(cfg: Config, path: Path):
-    """--merge: adapter and base as one checkpoint, in the base's own layout and precision, for the tools that read that."""
-    checkpoint, tokenizer, adapter = open_checkpoint(cfg, weights=True)
-    if not adapter:
-        raise BadInput(f"--merge: {cfg.model} holds no adapter; give the trained model: --model runs/NAME/model")
-    if os.path.lexists(path):
-        raise BadInput(f"--merge {path} exists")
-    dtype = stored_dtype(checkpoint.folder)
-    net = load_adapter(load_model(checkpoint, dtype), adapter, trainable=False).merge_and_unload()
-    save_weights(net, tokenizer, path.with_name(path.name + ".partial"), checkpoint.folder)
-    path.with_name(path.name + ".partial").rename(path)
 
 
 # ----------------------------------------------------------------------------------------------------- the tiny base model
@@ -948,12 +877,19 @@ def with_prompt(cfg: Config) -> Config:
     return dataclasses.replace(cfg, prompt=str(style), system_prompt=cfg.system_prompt or str(known.get("system_prompt", "")))
 
 
-def with_blocks(cfg: Config, given: dict) -> Config:
-    """A block-causal model is denoised in the blocks of its attention, and where nothing else is asked for, one token a step."""
+def with_model(cfg: Config, given: dict) -> Config:
+    """What the checkpoint settles: an adapter's rank is its own; a block-causal model is denoised in the blocks of its attention, and where
+    nothing else is asked for, one token a step."""
     need_gpu(cfg)
-    block = 0 if cfg.model == "tiny" else open_checkpoint(cfg)[0].block
-    if not block:
+    checkpoint, _, adapter = (None, None, None) if cfg.model == "tiny" else open_checkpoint(cfg)
+    if adapter and cfg.lora_rank:
+        own = adapter_shape(adapter)
+        if other := [f"--{k.replace('_', '-')} {given[k]}" for k in own if given.get(k, own[k]) != own[k]]:
+            raise BadInput(f"{other[0]}: the adapter in {cfg.model} has {', '.join(f'{k} {v}' for k, v in own.items())}; --lora-rank 0 trains all weights")
+        cfg = dataclasses.replace(cfg, **own)
+    if not checkpoint or not checkpoint.block:
         return cfg
+    block = checkpoint.block
     if other := {given.get("block_length", block), given.get("eval_block_length", block)} - {block}:
         raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of {block}")
     shape = {"block_length": block, "eval_block_length": block, "steps": cfg.completion_length, "eval_steps": str(cfg.eval_length or cfg.completion_length)}
@@ -1009,6 +945,7 @@ def validate(cfg: Config, training: bool = True):
     need(not cfg.quantize or device_for(cfg) != "cpu" and find_spec("bitsandbytes") and (cfg.lora_rank or not training),
          f"--quantize {cfg.quantize} needs a GPU, the package bitsandbytes and adapters (--lora-rank 64)")
     need(cfg.fsdp == "off" or not cfg.lora_rank, "--fsdp on shares the weights of full fine-tuning: --lora-rank 0")
+    need(cfg.fsdp == "off" or int(os.environ.get("WORLD_SIZE", 1)) > 1, "--fsdp on needs several processes (accelerate launch or torchrun); here: --fsdp off")
     need(not cfg.report_to or find_spec(cfg.report_to), f"--report-to {cfg.report_to}: the package {cfg.report_to} is not installed")
 
 
@@ -1049,26 +986,6 @@ def evaluate(policy, tokenizer, cfg: Config, examples: list, steps: int) -> dict
                                                   cfg.rollout_batch * processes()[1])}
 
 
-def once(work: Callable, *args):
-    """work(*args) on the first process only; what it returns, or the BadInput it raises, is every process's."""
-    result = [None, None]
-    if processes()[0] == 0:
-        try:
-            result[0] = work(*args)
-        except BadInput as error:
-            result[1] = error
-    if processes()[1] > 1:
-        torch.distributed.broadcast_object_list(result)
-    if result[1]:
-        raise result[1]
-    return result[0]
-
-
-def say(*words):
-    if processes()[0] == 0:
-        print(*words, flush=True)
-
-
 def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout: list, seconds: dict) -> bool:
     """The loop, from the folder's checkpoint to max_steps. False if a stop was asked for before that."""
     optimizer, start, log, checkpoint = make_optimizer(policy, cfg), 0, folder / "log.csv", folder / "checkpoint.pt"
@@ -1103,16 +1020,14 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
     return True
 
 
-def prepare(cfg: Config, folder: Path, examples: list, overwrite: bool):
-    """The last checks, what the run will cost, and the run's folder."""
+def forecast(cfg: Config, folder: Path, examples: list, overwrite: bool):
+    """The checks that need the checkpoint's small files; then what the run will cost, printed."""
     if cfg.model != "tiny":
-        checkpoint, tokenizer, _ = open_checkpoint(cfg)
+        checkpoint, tokenizer, adapter = open_checkpoint(cfg)
+        if overwrite and any(folder.resolve() in place.resolve().parents for place in (checkpoint.folder, adapter or checkpoint.folder)):
+            raise BadInput(f"--overwrite would delete {cfg.model}, the model to begin with: --name NAME starts another run")
         length = check_context(checkpoint.config, tokenizer, cfg, examples)
         print(run_folder.announce(checkpoint.config, cfg, length, device_for(cfg), processes()[1]), flush=True)
-    if overwrite:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(folder / "config.json", dataclasses.asdict(cfg))
 
 
 def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base: bool = False) -> int:
@@ -1121,11 +1036,12 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
     once(run_folder.check, folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data, cfg.test_data)
     begin = time.perf_counter()
-    once(prepare, cfg, folder, examples + heldout, overwrite)
+    once(forecast, cfg, folder, examples + heldout, overwrite)
     policy, tokenizer = open_model(cfg, rebuild_base, train=True)
+    once(run_folder.begin, folder, dataclasses.asdict(cfg), overwrite)               # nothing is replaced before the model is there
     size = [sum(p.numel() for p in policy.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)]
     if cfg.fsdp == "on":
-        shard(policy)
+        shard(policy, device_for(cfg))
     seconds = {"base_model": time.perf_counter() - begin, "rollout": 0.0, "update": 0.0, "eval": 0.0}
     say(f"{cfg.model} model of {size[0]:.2f} M parameters{f', {size[1]:.2f} M of them trained' if size[1] < size[0] else ''}; {cfg.task}: "
         f"{len(examples)} examples, {len(heldout)} held out; {folder}")
@@ -1152,22 +1068,26 @@ def parse(argv) -> tuple[Config, dict]:
     for flag, text in (("--resume", "continue runs/NAME"), ("--overwrite", "replace runs/NAME"),
                        ("--rebuild-base", "train the tiny base model again")):
         parser.add_argument(flag, action="store_true", help=text)
-    parser.add_argument("--merge", metavar="DIR", default="", help="write the adapter of --model and its base to DIR as one checkpoint, and stop")
+    parser.add_argument("--merge", metavar="DIR", default=None, help="write the adapter of --model and its base to DIR as one checkpoint, and stop")
     given = vars(parser.parse_args(argv))
     flags = {k: given.pop(k) for k in ("resume", "overwrite", "rebuild_base", "merge")}
     run_folder.check_settings(dataclasses.replace(Config(), **given), CHOICES, set(MAY_BE_ZERO))
+    if len(given.get("model", "")) > 1000 or "\0" in given.get("model", ""):
+        raise BadInput("--model is no name of a directory")
     cfg = config_for(given.get("task", Config.task), given.get("model", ""), given.get("preset", ""))
     if "completion_length" in given:                                                 # a shape of one's own is also evaluated
         cfg = dataclasses.replace(cfg, eval_length=0, eval_block_length=0)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         cfg = dataclasses.replace(cfg, fsdp="on")
     cfg = dataclasses.replace(cfg, **given)
     cfg = dataclasses.replace(with_prompt(cfg), name=cfg.name or f"{cfg.task}-{cfg.preset or cfg.method}-seed{cfg.seed}")
     saved = Path("runs") / cfg.name / "config.json"
     if flags["resume"] and saved.is_file():                                          # the folder's settings, then the flags given
         cfg = dataclasses.replace(run_folder.read_settings(saved, Config), **{**given, "name": cfg.name})
-    elif not flags["merge"]:
-        cfg = with_blocks(cfg, given)
+        need_gpu(cfg)
+    elif flags["merge"] is None:
+        cfg = with_model(cfg, given)
     validate(cfg)
     return cfg, flags
 
@@ -1176,16 +1096,19 @@ def main(argv=None) -> int:
     """The command line; returns the exit code: 0 done, 1 the run failed, 2 a mistake of the caller, 130 stopped."""
     try:
         cfg, flags = parse(argv)
-        if path := flags.pop("merge"):
-            merge(cfg, Path(path))
+        if (path := flags.pop("merge")) is not None:
+            merge(cfg, path)
             print(f"merged: {path}")
             return 0
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             import accelerate
             accelerate.PartialState(cpu=device_for(cfg) == "cpu")                    # joins the processes
-        return run(cfg, **flags)
+        code = run(cfg, **flags)
+        if processes()[1] > 1:                                                       # not after an error: others may wait for this one
+            torch.distributed.destroy_process_group()
+        return code
     except (BadInput, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"agrpo: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except torch.OutOfMemoryError as error:
@@ -1194,9 +1117,6 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact: --resume continues", file=sys.stderr)
         return 130
-    finally:
-        if processes()[1] > 1:
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

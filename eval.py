@@ -136,8 +136,9 @@ def write_atomically(path: Path, write: Callable):
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong in one line; the kind of error if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What went wrong in one line (and the next, where the first announces it); the kind of error if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2 if lines[0].endswith(":") else 1])
 
 
 def read_json(path: Path, kind: type = dict):
@@ -175,11 +176,25 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
                        f"{', '.join(f'{k}={settings[k]!r}' for k in other)}")
 
 
+def begin(folder: Path, settings: dict, overwrite: bool):
+    """The run's folder with its settings, empty if it is to be overwritten. Raises BadInput."""
+    try:
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", settings)
+    except OSError as error:
+        raise BadInput(f"cannot write {folder}: {error.strerror}") from None
+
+
 def whole(value):
-    """Sharded tensors put together, in nested dicts, on the CPU. All processes must call it."""
+    """Sharded tensors put together, in nested dicts, in main memory of the first process (None elsewhere). All must call it."""
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+    if not hasattr(value, "full_tensor"):
+        return value
+    value = value.full_tensor()
+    return value.cpu() if processes()[0] == 0 else None
 
 
 def trained_weights(model) -> dict:
@@ -203,7 +218,7 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
             return value
         return torch.distributed.tensor.distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     try:
-        saved, weights = torch.load(path, map_location=next(model.parameters()).device, weights_only=True), trained_weights(model)
+        saved, weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True), trained_weights(model)
         if saved["model"].keys() != weights.keys():
             raise ValueError("it holds other weights")
         with torch.no_grad():
@@ -214,8 +229,11 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
                 saved["optimizer"]["state"][i][k] = like(value, parameter)
         optimizer.load_state_dict(saved["optimizer"])
         return {"step": saved["step"], "seconds": saved["seconds"]}
-    except Exception as error:                                                       # torch raises many kinds
-        raise BadInput(f"{path} cannot be read: {first_line(error)}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:                                                       # torch raises many kinds, and advice that is not for here
+        why = first_line(error)
+        raise BadInput(f"{path} cannot be read: {'it is no checkpoint, or not whole' if 'weights_only' in why else why}") from None
 
 
 def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
@@ -260,6 +278,47 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     print(table(["steps", "NFE", "base", "trained"], lines))
     print(f"{len(rows)} training steps, {seconds['total']:.0f} s in all. Look at {folder}/{'curve' if rows else 'frontier'}.png and "
           f"{folder}/samples.txt")
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+def processes() -> tuple[int, int]:
+    """This process's rank, and how many there are; accelerate launch and torchrun start several."""
+    import torch.distributed as dist
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def everyones(objects: list) -> list:
+    """The lists of all processes, one after the other."""
+    if processes()[1] == 1:
+        return objects
+    from accelerate.utils import gather_object
+    return gather_object(objects)
+
+
+def anyone(wants: bool) -> bool:
+    """Whether any process does. All must ask."""
+    return any(everyones([wants]))
+
+
+def once(work: Callable, *args):
+    """work(*args) on the first process only; what it returns or raises is every process's."""
+    result = [None, None]
+    if processes()[0] == 0:
+        try:
+            result[0] = work(*args)
+        except Exception as error:                                                   # else the others would wait for ever
+            result[1] = error
+    if processes()[1] > 1:
+        import torch
+        torch.distributed.broadcast_object_list(result)
+    if result[1]:
+        raise result[1]
+    return result[0]
+
+
+def say(*words):
+    if processes()[0] == 0:
+        print(*words, flush=True)
 
 
 # ------------------------------------------------------------------------- models: published checkpoints in stock classes
@@ -314,7 +373,7 @@ def in_run(folder: Path) -> Path:
     """The model of a run folder; any other folder as it is. Raises BadInput for a run that has none yet."""
     if any((folder / "model" / name).is_file() for name in ("config.json", "adapter_config.json")):
         return folder / "model"
-    if (folder / "log.csv").is_file():
+    if (folder / "config.json").is_file() and {"task", "mc_steps"} <= read_json(folder / "config.json").keys():
         raise BadInput(f"--model {folder}: this run is not finished; agrpo.py --resume finishes it")
     return folder
 
@@ -378,7 +437,11 @@ def load_tokenizer(folder: Path):
     """By its own files alone: published classes need remote code, and read config.json. Raises BadInput."""
     import transformers
     try:
-        kind = transformers.PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else transformers.Qwen2Tokenizer       # Dream's
+        kind = transformers.PreTrainedTokenizerFast
+        if not (folder / "tokenizer.json").is_file():
+            kind = transformers.Qwen2Tokenizer                                       # Dream's
+            if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+                raise FileNotFoundError("there is neither tokenizer.json nor vocab.json with merges.txt")
         return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:                                                       # whatever the libraries raise on a bad file
         raise BadInput(f"--model {folder}: its tokenizer cannot be read: {first_line(error)}") from None
@@ -399,12 +462,12 @@ def load_model(checkpoint: Checkpoint, dtype, quantize: str = "", device: str = 
         model, info = getattr(transformers, family.stock + "ForCausalLM").from_pretrained(
             folder, config=config, key_mapping=family.keys or None, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
             ignore_mismatched_sizes=True, **settings)                                # they are listed in info, and refused below
+        if config.tie_word_embeddings and not head_is_tied(checkpoint):
+            raise ValueError("its output weights are not its embeddings, yet config.json says that they are tied")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise BadInput(f"--model {folder}: {first_line(error)}") from None
-    if config.tie_word_embeddings and not head_is_tied(checkpoint):
-        raise BadInput(f"--model {folder}: its output weights are not its embeddings, yet config.json says that they are tied")
     problems = {k: sorted(map(str, info[k]))[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
     if problems:
         raise BadInput(f"--model {folder}: weights do not fit: {problems}")
@@ -425,6 +488,55 @@ def head_is_tied(checkpoint: Checkpoint) -> bool:
     return len(found) < 2 or torch.equal(*found.values())
 
 
+def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple:
+    """(user message, what the completion is made to begin with), through the tokenizer's chat template -> ids and mask (N, P),
+    left padded."""
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False) + begin
+             for message, begin in prompts]
+    out = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    return out["input_ids"], out["attention_mask"]
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token, other than EOS, that the chat template writes after an answer; None if there is none."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
+    after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"][:1]
+    return after[0] if after and after[0] in tokenizer.added_tokens_decoder and after[0] != tokenizer.eos_token_id else None
+
+
+def open_checkpoint(cfg, weights: bool = False):
+    """cfg.model, what is known of it without its weights -> Checkpoint, tokenizer, directory of its adapter or None. Raises BadInput."""
+    folder, adapter = find_folder(cfg.model, weights), None
+    if (folder / "adapter_config.json").is_file():
+        adapter, folder = folder, find_folder(base_of(folder), weights)
+    checkpoint = read_checkpoint(folder, cfg.model_block, cfg.model)
+    tokenizer = load_tokenizer(adapter or folder)
+    mask_id = tokenizer.mask_token_id if checkpoint.mask_id is None else checkpoint.mask_id
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token                 # padding is masked, whatever it is
+    try:
+        if encode_prompts(tokenizer, [("1", "")])[0].numel() == 0:
+            raise ValueError("its chat template makes nothing of a message")
+        end_of_turn(tokenizer)
+    except Exception as error:                                                       # a broken template
+        raise BadInput(f"--model {cfg.model}: {first_line(error)}") from None
+    for token, name in ((mask_id, "mask"), (tokenizer.eos_token_id, "end-of-sequence")):
+        if token is None or token >= checkpoint.config.vocab_size:
+            raise BadInput(f"--model {cfg.model}: neither its config.json nor its tokenizer gives a {name} token of its vocabulary")
+    return checkpoint._replace(mask_id=mask_id), tokenizer, adapter
+
+
+def computed_again(forward: Callable) -> Callable:
+    """Gradient checkpointing: only the inputs of `forward` are kept, and it runs a second time in the backward pass."""
+    import torch
+    import torch.utils.checkpoint
+
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return run
+
+
 def add_adapter(model, rank: int, alpha: float, seed: int):
     """LoRA on all linear layers, float32, at first without effect."""
     import peft
@@ -439,18 +551,32 @@ def add_adapter(model, rank: int, alpha: float, seed: int):
 def load_adapter(model, folder: Path, trainable: bool):
     """A saved adapter on its base. Raises BadInput if a weight of it finds no place."""
     import peft
+    import torch
     from safetensors import safe_open
     try:
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError("there is no adapter_model.safetensors")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            model = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         with safe_open(folder / "adapter_model.safetensors", "pt") as f:
             left = set(f.keys()) ^ set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
         if left:
             raise ValueError(f"weights do not fit: {sorted(left)[:3]}")
         return model
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise BadInput(f"--model {folder}: adapter: {first_line(error)}") from None
+
+
+def adapter_shape(folder: Path) -> dict:
+    """lora_rank and lora_alpha of an adapter directory. Raises BadInput."""
+    known = read_json(folder / "adapter_config.json")
+    shape = {"lora_rank": known.get("r"), "lora_alpha": known.get("lora_alpha")}
+    if not all(isinstance(x, (int, float)) and x > 0 for x in shape.values()) or type(shape["lora_rank"]) is not int:
+        raise BadInput(f"{folder / 'adapter_config.json'} has r {shape['lora_rank']!r}, lora_alpha {shape['lora_alpha']!r}")
+    return {**shape, "lora_alpha": float(shape["lora_alpha"])}
 
 
 def base_of(folder: Path) -> str:
@@ -473,7 +599,7 @@ def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str 
     """Into a new directory: an adapter as peft writes it, on `base`, or the whole checkpoint in the layout of its source: weights under the
     published names and in the stated precision, and every small file of the source as it is."""
     if hasattr(model, "peft_config"):
-        model.peft_config["default"].base_model_name_or_path = base
+        model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
         model.save_pretrained(folder, save_embedding_layers=False)                   # else it may save embeddings that were not trained
         tokenizer.save_pretrained(folder)
         return
@@ -487,6 +613,25 @@ def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str 
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model", ".py") and not file.name.endswith(".index.json") and file.name != "agrpo.json":
             shutil.copyfile(file, folder / file.name)
+
+
+def merge(cfg, out: str):
+    """--merge: adapter and base as one checkpoint, in the base's own layout and precision, for the tools that read that. Raises BadInput."""
+    path = Path(out or ".")
+    if os.path.lexists(path) or not path.parent.is_dir():
+        raise BadInput(f"--merge {out!r}: " + ("exists already" if os.path.lexists(path) else f"there is no folder {path.parent}"))
+    checkpoint, tokenizer, adapter = open_checkpoint(cfg, weights=True)
+    if not adapter:
+        raise BadInput(f"--merge: {cfg.model} holds no adapter; give the trained model: --model runs/NAME")
+    model = load_adapter(load_model(checkpoint, stored_dtype(checkpoint.folder)), adapter, trainable=False).merge_and_unload()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_weights(model, tokenizer, partial, checkpoint.folder)
+        if (adapter / "agrpo.json").is_file():                                       # the prompt it was trained with
+            shutil.copyfile(adapter / "agrpo.json", partial / "agrpo.json")
+        partial.rename(path)
+    except OSError as error:
+        raise BadInput(f"--merge {path}: {error.strerror}") from None
 
 
 def tiny_tokenizer():
@@ -550,7 +695,9 @@ def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) ->
     width, S = 2 if half else 4, prompt_length + cfg.completion_length
     base, adapters = parameter_count(config), adapter_count(config, cfg.lora_rank)
     frozen = cfg.lora_rank > 0
-    weights = base * (0.56 if cfg.quantize else width if frozen else 4) + (h * V * 2 if frozen and half and not config.tie_word_embeddings else 0)
+    ends = h * V * (1 if config.tie_word_embeddings else 2)                          # embeddings and head; a frozen head is float32 on a GPU
+    weights = (base - ends) * (0.52 if cfg.quantize else width if frozen else 4) + ends * (width if frozen else 4) + (
+        2 * h * V if frozen and half and not config.tie_word_embeddings else 0)
     trained = 16 * adapters if frozen else 12 * base
     if cfg.fsdp == "on":
         weights, trained = weights / processes, trained / processes
@@ -561,7 +708,7 @@ def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) ->
     kept, again = (width * h, layer) if cfg.gradient_checkpointing == "on" else (layer, 0)
     update = cfg.micro_batch * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * 4.7)) + (2 * base if half and not frozen and cfg.fsdp == "off" else 0)
     rows = cfg.prompts * cfg.completions
-    forward = S * (2 * (base - h * V * (1 if config.tie_word_embeddings else 2) + (adapters if frozen else 0)) + 4 * S * h * layers)      # one row, body only
+    forward = S * (2 * (base - ends + (adapters if frozen else 0)) + 4 * S * h * layers)      # one row, body only
     passes = (2 if frozen else 3) + (cfg.gradient_checkpointing == "on")             # in units of a forward
     steps = min(cfg.mc_steps, cfg.steps)
     return {"weights": weights / 1e9, "trained": trained / 1e9, "rollout": rollout / 1e9, "update": update / 1e9, "total": (weights + trained + max(rollout, update)) / 1e9,
@@ -594,7 +741,7 @@ def announce(config, cfg, prompt_length: int, device: str, processes: int) -> st
         room = torch.cuda.get_device_properties(device).total_memory / 1e9
         if cost["weights"] + cost["trained"] > room:
             raise BadInput(f"weights and optimizer need {cost['weights'] + cost['trained']:.0f} GB, this GPU has {room:.0f}: "
-                           + ("--quantize 4bit" if cfg.lora_rank else "--lora-rank 64, or --fsdp on with more GPUs"))
+                           + ("a larger GPU" if cfg.quantize else "--quantize 4bit" if cfg.lora_rank else "--lora-rank 64, or --fsdp on with more GPUs"))
         if cost["total"] > room:
             text += f"\nwarning: this GPU has {room:.0f} GB; smaller --rollout-batch and --micro-batch or --gradient-checkpointing on need less"
     return text
@@ -610,12 +757,13 @@ def duration(seconds: float) -> str:
 def out_of_memory(error: Exception, cfg) -> str:
     """One line: where it ran out, and the flag to change."""
     frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    where, flags = next(((name, flags) for name, flags in (
-        ("rollout", f"--rollout-batch {max(1, cfg.rollout_batch // 2)}"),
-        ("policy_loss", f"--micro-batch {max(1, cfg.micro_batch // 2)} or --gradient-checkpointing on"),
-        ("backward", f"--micro-batch {max(1, cfg.micro_batch // 2)} or --gradient-checkpointing on")) if name in frames),
-        ("the model", "--preset 24gb, --quantize 4bit or a smaller --lora-rank"))
-    return f"the GPU ran out of memory ({where.replace('policy_loss', 'update').replace('backward', 'update')}): try {flags}; checkpoints are intact, --resume continues"
+    if "rollout" in frames:
+        where, flags = "in a rollout", f"--rollout-batch {max(1, cfg.rollout_batch // 2)}"
+    elif frames & {"policy_loss", "backward"}:
+        where, flags = "in the update", f"--micro-batch {max(1, cfg.micro_batch // 2)}" + " or --gradient-checkpointing on" * (cfg.gradient_checkpointing == "off")
+    else:
+        return "the GPU ran out of memory with weights and optimizer: --quantize 4bit, a smaller --lora-rank or --fsdp on with more GPUs need less"
+    return f"the GPU ran out of memory {where}: --resume with {flags} continues from the last checkpoint"
 
 
 @contextlib.contextmanager
@@ -922,7 +1070,7 @@ def settings_of(args) -> tuple:
                  "block_length": known.get("eval_block_length") or known.get("block_length"), "eval_steps": known.get("eval_steps")}
         if [type(x) for x in known.values()] == [int, int, str]:
             cfg = dataclasses.replace(cfg, eval_length=0, eval_block_length=0, **known)
-    cfg = agrpo.with_blocks(dataclasses.replace(cfg, **given, rollout_batch=args.batch), given)
+    cfg = agrpo.with_model(dataclasses.replace(cfg, **given, rollout_batch=args.batch), given)
     cfg = dataclasses.replace(agrpo.evaluation_config(cfg), **given, eval_length=0, eval_block_length=0)
     if not 0 < args.samples < 10**6 or not 0 <= args.limit <= 10**5 or args.batch < 1:
         raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000")

@@ -1,5 +1,5 @@
 """Kill a training run with SIGKILL at random moments, resume it each time, and compare it with a run left alone: nothing may
-be lost but the step that was under way. Run: python tests/kill.py [kills] (20 by default, about three minutes)."""
+be lost but the step that was under way. Run: python tests/kill.py [kills [flags of agrpo.py]] (20 by default, about three minutes)."""
 import csv
 import os
 import random
@@ -28,11 +28,11 @@ def checkpoint_of(name):
     return torch.load(path, weights_only=True) if path.is_file() else {"step": 0}
 
 
-def main(kills):
+def main(kills, flags):
     work, rng, total = Path(tempfile.mkdtemp()), random.Random(0), 12 * kills
     os.chdir(work)
     env = {**os.environ, "AGRPO_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, AGRPO, *QUICK, "--max-steps", str(total)]
+    command = [sys.executable, AGRPO, *QUICK, *flags, "--max-steps", str(total)]
     subprocess.run([*command, "--name", "alone"], env=env, check=True, stdout=subprocess.DEVNULL)
     landed = 0
     for i in range(kills):
@@ -57,4 +57,4 @@ def main(kills):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20, sys.argv[2:])

@@ -32,7 +32,7 @@ def main(model, out, kind, prompts):
 
     class Watched(torch.optim.SGD):
         def step(self, closure=None):
-            grads.update({name: agrpo.run_folder.whole({"x": p.grad})["x"].clone() for name, p in trained})
+            grads.update({name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone() for name, p in trained})
             return super().step(closure)
 
     optimizer = Watched([p for _, p in trained], lr=0.1)

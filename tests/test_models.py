@@ -127,6 +127,7 @@ def test_a_merged_checkpoint_has_the_published_layout_and_the_adapters_effect(wr
     policy, adapter, sequences = trained_adapter(path, config, tmp_path)
     assert agrpo.main(["--model", str(adapter), "--merge", str(tmp_path / "merged"), "--task", "gsm8k", "--device", "cpu"]) == 0
     saved, files = files_of(tmp_path / "merged")
+    assert json.loads(files.pop("agrpo.json"))["task"] == "gsm8k"                     # with it the prompt is remembered
     assert saved.keys() == weights.keys() and files == files_of(path)[1]
     scale, delta = 16.0 / 4, load_file(adapter / "adapter_model.safetensors")
     for name, module in (("q_proj", "self_attn.q_proj"), ("ff_proj", "mlp.gate_proj"), ("ff_out", "mlp.down_proj")):      # W + alpha/r B A, by hand
@@ -138,9 +139,9 @@ def test_a_merged_checkpoint_has_the_published_layout_and_the_adapters_effect(wr
     in_memory = policy.model.merge_and_unload()
     policy.model = in_memory
     assert torch.equal(logp_of(again, sequences), logp_of(policy, sequences))            # the files lose nothing
-    for flags, word in ((["--model", str(path)], "no adapter"), (["--model", str(adapter)], "exists")):
+    for model, out, word in ((path, "new", "no adapter"), (adapter, "merged", "exists"), (adapter, "no/where", "no folder"), (adapter, "", "exists")):
         capsys.readouterr()
-        assert agrpo.main([*flags, "--merge", str(tmp_path / "merged"), "--task", "gsm8k", "--device", "cpu"]) == 2
+        assert agrpo.main(["--model", str(model), "--merge", out and str(tmp_path / out), "--task", "gsm8k", "--device", "cpu"]) == 2
         out, err = capsys.readouterr()
         assert word in err and err.count("\n") == 1
 
@@ -348,7 +349,7 @@ def test_out_of_memory_is_one_line_with_the_flag_to_change(job, monkeypatch, whe
     capsys.readouterr()
     assert agrpo.main(["--name", "x", "--resume", "--max-steps", "3"]) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and flag in err and "--resume" in err
+    assert err.count("\n") == 1 and "--resume with " + flag in err
     assert torch.load("runs/x/checkpoint.pt", weights_only=True)["step"] == before["step"] == 1
     monkeypatch.setattr(agrpo, where, work)
     assert agrpo.main(["--name", "x", "--resume", "--max-steps", "2", "--rollout-batch", "2", "--micro-batch", "1", "--gradient-checkpointing", "on"]) == 0
@@ -392,3 +393,41 @@ def test_report_to_hands_every_row_to_the_tracker(job, monkeypatch):
     assert agrpo.main([*JOB, "--name", "x", "--max-steps", "3", "--report-to", "tensorboard"]) == 0
     assert [s for s, *_ in seen] == ["start", "config", 0, 1, 2, "end"] and "runs/x" in seen[0][1] and seen[1][1] == 4
     assert {"reward", "grad_norm", "skipped", "nfe"} <= set(seen[2][1]) and "heldout" not in seen[2][1] and "heldout" in seen[3][1]
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_model_is_there(job, capsys):
+    assert agrpo.main([*JOB, "--name", "x", "--max-steps", "1"]) == 0
+    before = {f: f.read_bytes() for f in Path("runs/x").rglob("*") if f.is_file()}
+    shutil.copytree("model", "broken")
+    next(Path("broken").glob("*.safetensors")).write_bytes(b"garbage")
+    for model, word in (("broken", "broken"), ("runs/x", "would delete"), ("runs/x/model", "would delete")):
+        capsys.readouterr()
+        assert agrpo.main([*JOB, "--model", model, "--name", "x", "--overwrite"]) == 2
+        out, err = capsys.readouterr()
+        assert word in err and err.count("\n") == 1
+    assert before == {f: f.read_bytes() for f in Path("runs/x").rglob("*") if f.is_file()}
+    assert agrpo.main([*JOB, "--model", "broken", "--name", "y"]) == 2 and not Path("runs/y").exists()
+    assert agrpo.main([*JOB, "--name", "new", "--overwrite", "--max-steps", "0"]) == 0                                   # nothing there to replace
+
+
+def test_an_adapter_keeps_its_rank_and_what_cannot_work_is_said_first(job, capsys):
+    assert agrpo.main([*JOB, "--name", "x", "--max-steps", "1"]) == 0
+    cfg, _ = agrpo.parse(["--task", "gsm8k", "--model", "runs/x", "--data", "sums.jsonl", "--device", "cpu"])
+    assert (cfg.lora_rank, cfg.lora_alpha) == (4, 64.0)                                # the recipe's 64 does not apply
+    bare, template, tied = "model/tokenizer.json", "model/chat_template.jinja", "model/config.json"
+    cases = [(["--model", "runs/x", "--lora-rank", "8"], None, "", "lora_rank 4"), (["--lora-rank", "0", "--fsdp", "on"], None, "", "several processes"),
+             ([], bare, None, "vocab.json"), ([], template, '{{ "" }}', "chat template"), ([], template, "{% if messages|length > 1 %}{{ raise('x') }}{% endif %}?", "raise"),
+             ([], tied, '{"model_type": "llada"', "config.json"), (["--model", "m" * 5000], None, "", "name"), (["--merge", ""], None, "", "exists"),
+             (["--model", "unfinished"], None, "", "not finished")]
+    Path("unfinished").mkdir()
+    Path("unfinished/config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
+    for flags, file, text, word in cases:
+        whole = Path(file).read_bytes() if file else b""
+        if file:
+            Path(file).unlink() if text is None else Path(file).write_text(text)
+        capsys.readouterr()
+        assert agrpo.main([*JOB[:8], "--name", "new", *flags] if "--lora-rank" not in flags else ["--task", "gsm8k", "--model", "model", "--device", "cpu", *flags]) == 2
+        out, err = capsys.readouterr()
+        assert word in err and err.count("\n") == 1 and not Path("runs/new").exists(), (flags, err)
+        if file:
+            Path(file).write_bytes(whole)
