@@ -52,8 +52,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import eval as run_folder              # evaluation, figures and the files of a run
-from eval import (SMALL, adapter_shape, add_adapter, anyone, base_of, computed_again, encode_prompts, end_of_turn, everyones, load_adapter, load_model, merge,
-                  once, open_checkpoint, parameter_count, processes, save_weights, say, tiny_model, tiny_tokenizer)
+from eval import (SMALL, adapter_shape, add_adapter, anyone, base_of, computed_again, encode_prompts, end_of_turn, everyones,
+                  load_adapter, load_model, merge, once, open_checkpoint, parameter_count, processes, save_weights, say, tiny_model,
+                  tiny_tokenizer)
 from rewards import FORMATS, TASKS, BadInput, grade, load_examples, load_split, overlong, prompt_for, read_weights, reward_parts
 
 
@@ -730,8 +731,8 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "solved": mean(solved), "ratio": float(ratio.mean()),
             "clip_fraction": float(((ratio - 1).abs() > cfg.clip).float().mean()), "grad_norm": float(grad_norm),
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
-            "passes": len(views.row), "skipped": int(not finite), "lr": learning_rate(step, cfg), "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(),
-            "rollout_seconds": round(rollout_seconds, 3), "update_seconds": round(time.perf_counter() - clock, 3)}
+            "passes": len(views.row), "skipped": int(not finite), "lr": learning_rate(step, cfg), "heldout": "",
+            "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3), "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
 # ---------------------------------------------------------------------------------------------------- prompts and models
@@ -885,14 +886,16 @@ def with_model(cfg: Config, given: dict) -> Config:
     if adapter and cfg.lora_rank:
         own = adapter_shape(adapter)
         if other := [f"--{k.replace('_', '-')} {given[k]}" for k in own if given.get(k, own[k]) != own[k]]:
-            raise BadInput(f"{other[0]}: the adapter in {cfg.model} has {', '.join(f'{k} {v}' for k, v in own.items())}; --lora-rank 0 trains all weights")
+            raise BadInput(f"{other[0]}: the adapter in {cfg.model} has {', '.join(f'{k} {v}' for k, v in own.items())}; "
+                           "--lora-rank 0 trains all weights")
         cfg = dataclasses.replace(cfg, **own)
     if not checkpoint or not checkpoint.block:
         return cfg
     block = checkpoint.block
     if other := {given.get("block_length", block), given.get("eval_block_length", block)} - {block}:
         raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of {block}")
-    shape = {"block_length": block, "eval_block_length": block, "steps": cfg.completion_length, "eval_steps": str(cfg.eval_length or cfg.completion_length)}
+    shape = {"block_length": block, "eval_block_length": block, "steps": cfg.completion_length,
+             "eval_steps": str(cfg.eval_length or cfg.completion_length)}
     return dataclasses.replace(cfg, **{k: v for k, v in shape.items() if k not in given})
 
 
@@ -924,7 +927,8 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.model != "tiny" or TASKS[cfg.task].lazy,
          f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
     at = evaluation_config(cfg)
-    for C, L, all_steps in [(cfg.completion_length, cfg.block_length, [cfg.steps] if training else []), (at.completion_length, at.block_length, steps_of(cfg))]:
+    for C, L, all_steps in ((cfg.completion_length, cfg.block_length, [cfg.steps] if training else []),
+                            (at.completion_length, at.block_length, steps_of(cfg))):
         need(C % L == 0, f"completion length {C} is not a multiple of --block-length {L}")
         for steps in all_steps:
             need(steps > 0 and C % steps == 0 and steps * L % C == 0,
@@ -935,7 +939,8 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.overlong_from < 1, "--overlong-from is a share of the length, below 1")
     need(not cfg.test_data or cfg.data or TASKS[cfg.task].hub, "--test-data goes with --data")
     read_weights(cfg.task, cfg.reward_weights)
-    need(cfg.model != "tiny" or max(cfg.completion_length, cfg.eval_length) <= 200, f"--completion-length {cfg.completion_length}: the tiny model's context is 256")
+    need(cfg.model != "tiny" or max(cfg.completion_length, cfg.eval_length) <= 200,
+         f"--completion-length {cfg.completion_length}: the tiny model's context is 256")
     need(max(cfg.train_examples, cfg.eval_examples) <= 100_000, "--train-examples and --eval-examples must be at most 100000")
     need(cfg.base_hidden % 16 == 0, f"--base-hidden {cfg.base_hidden} must be a multiple of 16")
     need(re.fullmatch(r"\w[\w.-]{0,100}", cfg.name or "x"), f"--name {cfg.name!r} must be a plain name: the folder is runs/NAME")
@@ -945,7 +950,8 @@ def validate(cfg: Config, training: bool = True):
     need(not cfg.quantize or device_for(cfg) != "cpu" and find_spec("bitsandbytes") and (cfg.lora_rank or not training),
          f"--quantize {cfg.quantize} needs a GPU, the package bitsandbytes and adapters (--lora-rank 64)")
     need(cfg.fsdp == "off" or not cfg.lora_rank, "--fsdp on shares the weights of full fine-tuning: --lora-rank 0")
-    need(cfg.fsdp == "off" or int(os.environ.get("WORLD_SIZE", 1)) > 1, "--fsdp on needs several processes (accelerate launch or torchrun); here: --fsdp off")
+    need(cfg.fsdp == "off" or int(os.environ.get("WORLD_SIZE", 1)) > 1,
+         "--fsdp on needs several processes (accelerate launch or torchrun); here: --fsdp off")
     need(not cfg.report_to or find_spec(cfg.report_to), f"--report-to {cfg.report_to}: the package {cfg.report_to} is not installed")
 
 
@@ -955,8 +961,9 @@ def need_gpu(cfg: Config):
     if device_for(cfg) != "cpu" or local and (cfg.model == "tiny" or parameter_count(open_checkpoint(cfg)[0].config) < SMALL) or (
             not local and cfg.device == "cpu" and cfg.model != LLADA):
         return
-    raise BadInput(f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with adapters), and there is none here. Here runs: "
-                   "python agrpo.py --task sudoku (a tiny model, minutes), or --model DIR --device cpu with a checkpoint below 1 billion parameters")
+    raise BadInput(f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with adapters), and there is none "
+                   "here. Here runs: python agrpo.py --task sudoku (a tiny model, minutes), or --model DIR --device cpu with a checkpoint "
+                   "below 1 billion parameters")
 
 
 def device_for(cfg: Config) -> str:

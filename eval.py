@@ -6,6 +6,9 @@
 
 Every completion is written to a file as soon as it is graded; the same command continues where it was stopped.
 agrpo.py calls `evaluate` before and after training, so both use the sampler, prompt and grader of training.
+
+What agrpo.py needs around the method is here, too: the files of a run, several processes, published checkpoints in stock classes
+(FAMILIES), adapters, what a run will cost.
 """
 import argparse
 import contextlib
@@ -386,7 +389,8 @@ def find_folder(model: str, weights: bool = True) -> Path:
         raise BadInput(f"--model {model}: no such directory; give 'tiny', a checkpoint directory, or the hub's owner/name")
     import huggingface_hub
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.jinja", "*.model", "*.py", *["*.safetensors"] * weights]))
+        files = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"] + ["*.safetensors"] * weights
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=files))
     except Exception as error:                                                       # no such repository, no network, no room on the disk
         raise BadInput(f"--model {model}: neither a directory here nor found on the hub: {first_line(error)}") from None
 
@@ -688,7 +692,8 @@ def adapter_count(config, rank: int) -> int:
 
 def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) -> dict:
     """Of a training step, from shapes alone: gigabytes of memory per process (weights, trained: gradients and AdamW's moments, and of adapters
-    themselves; rollout, update: what each adds at its peak) and the floating point operations of all processes (rollout_flops, update_flops).
+    themselves; rollout, update: what each adds at its peak) and the floating point operations of all processes (rollout_flops, update_flops
+    of a step, eval_flops of an evaluation of the held-out examples).
 
     How many tensors a layer and the sampler hold at once was fitted to measured peaks, and checked on other shapes (tests/memory.py)."""
     h, I, V, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
@@ -706,13 +711,16 @@ def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) ->
     rollout = together * (S * width * (3 * (h + I) if frozen else 2 * (h + I)) + open_ * V * 4 * 7.6)
     layer = width * (8 * h + 4 * I) + (8 * h if half else 0)                         # bytes a token that a layer's backward pass needs
     kept, again = (width * h, layer) if cfg.gradient_checkpointing == "on" else (layer, 0)
-    update = cfg.micro_batch * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * 4.7)) + (2 * base if half and not frozen and cfg.fsdp == "off" else 0)
-    rows = cfg.prompts * cfg.completions
-    forward = S * (2 * (base - ends + (adapters if frozen else 0)) + 4 * S * h * layers)      # one row, body only
+    update = cfg.micro_batch * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * 4.7))
+    update += 2 * base if half and not frozen and cfg.fsdp == "off" else 0           # autocast's copies of the weights
+    rows, head, body = cfg.prompts * cfg.completions, 2 * h * V * cfg.block_length, 2 * (base - ends + (adapters if frozen else 0))
+    forward = S * (body + 4 * S * h * layers)                                        # of one row, without the head
     passes = (2 if frozen else 3) + (cfg.gradient_checkpointing == "on")             # in units of a forward
-    steps = min(cfg.mc_steps, cfg.steps)
-    return {"weights": weights / 1e9, "trained": trained / 1e9, "rollout": rollout / 1e9, "update": update / 1e9, "total": (weights + trained + max(rollout, update)) / 1e9,
-            "rollout_flops": rows * cfg.steps * (forward + 2 * h * V * cfg.block_length), "update_flops": rows * steps * (passes * forward + 6 * h * V * cfg.block_length)}
+    evaluated = prompt_length + (cfg.eval_length or cfg.completion_length)
+    return {**{k: v / 1e9 for k, v in (("weights", weights), ("trained", trained), ("rollout", rollout), ("update", update),
+                                       ("total", weights + trained + max(rollout, update)))},
+            "rollout_flops": rows * cfg.steps * (forward + head), "update_flops": rows * min(cfg.mc_steps, cfg.steps) * (passes * forward + 3 * head),
+            "eval_flops": cfg.eval_examples * sum(numbers(cfg.eval_steps, "--eval-steps")) * (evaluated * (body + 4 * evaluated * h * layers) + head)}
 
 
 def matmul_rate(device: str) -> float:
@@ -731,17 +739,19 @@ def announce(config, cfg, prompt_length: int, device: str, processes: int) -> st
     """The estimate in words. Raises BadInput if weights and optimizer alone do not fit the GPU."""
     import torch
     cost = estimate(config, cfg, prompt_length, device.startswith("cuda"), processes)
-    seconds = [cost[k] / (0.4 * matmul_rate(device) * processes) for k in ("rollout_flops", "update_flops")]
+    seconds = [cost[k] / (0.4 * matmul_rate(device) * processes) for k in ("rollout_flops", "update_flops", "eval_flops")]
     size = {k: f"{cost[k]:.1f} GB" if cost[k] >= 1 else f"{1e3 * cost[k]:.0f} MB" for k in ("total", "weights", "trained", "rollout", "update")}
+    step, whole_run = seconds[0] + seconds[1], cfg.max_steps * (seconds[0] + seconds[1]) + 2 * seconds[2]
     text = (f"estimate: {size['total']} of memory (weights {size['weights']}, {'adapters' if cfg.lora_rank else 'gradients'} and optimizer "
-            f"{size['trained']}, rollout {size['rollout']} or update {size['update']}); {duration(sum(seconds))} a step (rollout "
-            f"{duration(seconds[0])}, update {duration(seconds[1])}, at 40 % of this machine's matmul rate), {duration(cfg.max_steps * sum(seconds))} "
-            f"for {cfg.max_steps} steps")
+            f"{size['trained']}, rollout {size['rollout']} or update {size['update']}); {duration(step)} a step (rollout {duration(seconds[0])}, update "
+            f"{duration(seconds[1])}), {duration(seconds[2])} for the evaluation before and after, {duration(whole_run)} for {cfg.max_steps} steps, "
+            f"at 40 % of this machine's matmul rate")
     if device.startswith("cuda"):
         room = torch.cuda.get_device_properties(device).total_memory / 1e9
         if cost["weights"] + cost["trained"] > room:
             raise BadInput(f"weights and optimizer need {cost['weights'] + cost['trained']:.0f} GB, this GPU has {room:.0f}: "
-                           + ("a larger GPU" if cfg.quantize else "--quantize 4bit" if cfg.lora_rank else "--lora-rank 64, or --fsdp on with more GPUs"))
+                           + ("a larger GPU" if cfg.quantize else "--quantize 4bit" if cfg.lora_rank else
+                              "--lora-rank 64, or --fsdp on with more GPUs"))
         if cost["total"] > room:
             text += f"\nwarning: this GPU has {room:.0f} GB; smaller --rollout-batch and --micro-batch or --gradient-checkpointing on need less"
     return text
@@ -760,7 +770,8 @@ def out_of_memory(error: Exception, cfg) -> str:
     if "rollout" in frames:
         where, flags = "in a rollout", f"--rollout-batch {max(1, cfg.rollout_batch // 2)}"
     elif frames & {"policy_loss", "backward"}:
-        where, flags = "in the update", f"--micro-batch {max(1, cfg.micro_batch // 2)}" + " or --gradient-checkpointing on" * (cfg.gradient_checkpointing == "off")
+        where, flags = "in the update", f"--micro-batch {max(1, cfg.micro_batch // 2)}"
+        flags += " or --gradient-checkpointing on" if cfg.gradient_checkpointing == "off" else ""
     else:
         return "the GPU ran out of memory with weights and optimizer: --quantize 4bit, a smaller --lora-rank or --fsdp on with more GPUs need less"
     return f"the GPU ran out of memory {where}: --resume with {flags} continues from the last checkpoint"
@@ -1036,8 +1047,8 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     return 0
 
 
-SAMPLING = ("task", "model", "model_block", "quantize", "data", "prompt", "system_prompt", "seed", "device", "block_length", "unmasking", "order_score", "tau_pos",
-            "threshold", "entropy_bound", "temperature", "top_k", "top_p")               # what an evaluation takes of agrpo.Config
+SAMPLING = ("task", "model", "model_block", "quantize", "data", "prompt", "system_prompt", "seed", "device", "block_length", "unmasking",
+            "order_score", "tau_pos", "threshold", "entropy_bound", "temperature", "top_k", "top_p")               # what an evaluation takes of agrpo.Config
 
 
 def fingerprint(model) -> str:
