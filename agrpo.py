@@ -893,7 +893,7 @@ def with_model(cfg: Config, given: dict) -> Config:
         return cfg
     block = checkpoint.block
     if other := {given.get("block_length", block), given.get("eval_block_length", block)} - {block}:
-        raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of {block}")
+        raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of {block}; leave it out")
     shape = {"block_length": block, "eval_block_length": block, "steps": cfg.completion_length,
              "eval_steps": str(cfg.eval_length or cfg.completion_length)}
     return dataclasses.replace(cfg, **{k: v for k, v in shape.items() if k not in given})
@@ -963,7 +963,7 @@ def need_gpu(cfg: Config):
         return
     raise BadInput(f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with adapters), and there is none "
                    "here. Here runs: python agrpo.py --task sudoku (a tiny model, minutes), or --model DIR --device cpu with a checkpoint "
-                   "below 1 billion parameters")
+                   "below 1 billion parameters (the README shows how to make one)")
 
 
 def device_for(cfg: Config) -> str:
@@ -1051,7 +1051,7 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
         shard(policy, device_for(cfg))
     seconds = {"base_model": time.perf_counter() - begin, "rollout": 0.0, "update": 0.0, "eval": 0.0}
     say(f"{cfg.model} model of {size[0]:.2f} M parameters{f', {size[1]:.2f} M of them trained' if size[1] < size[0] else ''}; {cfg.task}: "
-        f"{len(examples)} examples, {len(heldout)} held out; {folder}")
+        f"{len(examples)} examples, {len(heldout)} held out; {folder} (log.csv: a row a step)")
 
     if not once((folder / "eval_base.json").is_file):                                # a resumed run has it
         results = [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)]
@@ -1071,7 +1071,7 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
 def parse(argv) -> tuple[Config, dict]:
     """The command line: every field of Config is a flag; what is not given comes from the preset, the recipe or the task's shape."""
     parser = run_folder.Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run_folder.add_flags(parser, Config(), CHOICES)
+    run_folder.add_flags(parser, Config(), CHOICES, recipe=RECIPE)
     for flag, text in (("--resume", "continue runs/NAME"), ("--overwrite", "replace runs/NAME"),
                        ("--rebuild-base", "train the tiny base model again")):
         parser.add_argument(flag, action="store_true", help=text)

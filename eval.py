@@ -35,7 +35,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from rewards import TASKS, BadInput, held_out, load_examples, prompt_for
+from rewards import TASKS, BadInput, held_out, load_examples, load_split, prompt_for
 
 
 def wilson(solved: int, n: int, z: float = 1.96) -> list[float]:
@@ -605,6 +605,7 @@ def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str 
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
         model.save_pretrained(folder, save_embedding_layers=False)                   # else it may save embeddings that were not trained
+        (folder / "README.md").unlink(missing_ok=True)                               # an empty model card
         tokenizer.save_pretrained(folder)
         return
     weights = model.state_dict() if weights is None else weights
@@ -742,7 +743,7 @@ def announce(config, cfg, prompt_length: int, device: str, processes: int) -> st
     seconds = [cost[k] / (0.4 * matmul_rate(device) * processes) for k in ("rollout_flops", "update_flops", "eval_flops")]
     size = {k: f"{cost[k]:.1f} GB" if cost[k] >= 1 else f"{1e3 * cost[k]:.0f} MB" for k in ("total", "weights", "trained", "rollout", "update")}
     step, whole_run = seconds[0] + seconds[1], cfg.max_steps * (seconds[0] + seconds[1]) + 2 * seconds[2]
-    text = (f"estimate: {size['total']} of memory (weights {size['weights']}, {'adapters' if cfg.lora_rank else 'gradients'} and optimizer "
+    text = (f"estimate: {size['total']} of memory beyond torch's own (weights {size['weights']}, {'adapters' if cfg.lora_rank else 'gradients'} and optimizer "
             f"{size['trained']}, rollout {size['rollout']} or update {size['update']}); {duration(step)} a step (rollout {duration(seconds[0])}, update "
             f"{duration(seconds[1])}), {duration(seconds[2])} for the evaluation before and after, {duration(whole_run)} for {cfg.max_steps} steps, "
             f"at 40 % of this machine's matmul rate")
@@ -868,15 +869,17 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
-def add_flags(parser, settings, choices: dict, only=None):
-    """Every field of a dataclass (or those of `only`) as a flag, its meaning the comment behind it: max_steps -> --max-steps."""
+def add_flags(parser, settings, choices: dict, only=None, recipe: dict | None = None):
+    """Every field of a dataclass (or those of `only`) as a flag, its meaning the comment behind it: max_steps -> --max-steps. `recipe` holds
+    the defaults of published checkpoints."""
     meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(type(settings)), re.MULTILINE))
     meaning = {k: re.sub(r" \[paper: .*\]", "", v) for k, v in meaning.items()} if only else meaning      # the paper's are for training
     for field in dataclasses.fields(settings):
         if only is None or field.name in only:
             words = f" ({', '.join(filter(None, choices[field.name]))})" if field.name in choices else ""
             parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
-                                help=f"{meaning.get(field.name, '')}{words} [default: {getattr(settings, field.name)}]"
+                                help=f"{meaning.get(field.name, '')}{words} [default: {getattr(settings, field.name)}"
+                                     f"{f'; checkpoints: {recipe[field.name]}' if recipe and field.name in recipe else ''}]"
                                 .replace("%", "%%"))
 
 
@@ -1095,6 +1098,18 @@ def settings_of(args) -> tuple:
     return cfg, shapes
 
 
+def trained_on(cfg, examples: list) -> int:
+    """How many examples of a file the model's own run was trained on (a fifth of the file was held out)."""
+    saved = Path(cfg.model) / "agrpo.json"
+    known = read_json(saved) if saved.is_file() else {}
+    how = [known.get(k) for k in ("train_examples", "eval_examples", "seed", "data", "test_data")]
+    if not cfg.data or known.get("task") != cfg.task or [type(x) for x in how] != [int, int, int, str, str] or not Path(how[3] or "-").is_file():
+        return 0
+    key = TASKS[cfg.task].key
+    keys = {key(ex) for ex in load_split(cfg.task, *how)[0]}
+    return sum(key(ex) in keys for ex in examples)
+
+
 def run(args) -> int:
     """Complete, grade, save, print: everything that `python eval.py` does with a model."""
     import agrpo
@@ -1103,6 +1118,8 @@ def run(args) -> int:
     if args.out:                                                                     # before a model is opened or trained
         open_completions(Path(args.out), settings, args.overwrite)
     examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)
+    if seen := trained_on(cfg, examples):
+        print(f"note: the model was trained on {seen} of these {len(examples)} examples", flush=True)
     if cfg.model != "tiny":
         checkpoint, tokenizer, _ = agrpo.open_checkpoint(cfg)
         agrpo.check_context(checkpoint.config, tokenizer, dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)

@@ -182,6 +182,8 @@ def teach(folder, data, steps=400, length=32, seed=0):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    if len(sys.argv) < 3 or sys.argv[1] not in SPECIAL or Path(sys.argv[2]).exists() or not all(Path(p).is_file() for p in sys.argv[3:]):
+        sys.exit(f"usage: python tests/checkpoints.py {'|'.join(SPECIAL)} NEW_DIR [gsm8k_train.jsonl, a file that is there]")
     family, folder, *data = sys.argv[1:]
     write_checkpoint(folder, family, corpus=Path(data[0]).read_text(encoding="utf-8").splitlines()[:2000] if data else (), size=1000 if data else 300,
                      h=64, inner=128)

@@ -277,6 +277,7 @@ def test_a_run_with_adapters_resumes_to_the_bit_evaluates_merges_and_trains_on(j
     assert all(torch.equal(v, a["model"][k.replace(".weight", ".default.weight")]) for k, v in saved.items())
     summary = json.loads(Path("runs/four/summary.json").read_text())
     assert models.main(["--model", "runs/four", "--data", "sums.jsonl", "--limit", "4", "--device", "cpu", "--out", "e.jsonl"]) == 0
+    assert "trained on" in capsys.readouterr().out                                    # of the file, a fifth was held out
     result = json.loads(Path("e.json").read_text())
     assert result["settings"]["prompt"] == "agrpo" and [r["steps"] for r in result["results"]] == [8, 4] and result["results"][0]["length"] == 16
     assert len(summary["by_steps"]) == 2
