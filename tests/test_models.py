@@ -432,3 +432,27 @@ def test_an_adapter_keeps_its_rank_and_what_cannot_work_is_said_first(job, capsy
         assert word in err and err.count("\n") == 1 and not Path("runs/new").exists(), (flags, err)
         if file:
             Path(file).write_bytes(whole)
+
+
+def test_the_precision_of_a_gpu_trains_too(job, monkeypatch):
+    """The mixture that a GPU gets (bfloat16 base, float32 head and adapters, autocast), on the CPU: no clash of types, and the laws of float32
+    within the rounding of bfloat16."""
+    autocast, load = torch.autocast, agrpo.load_model
+    exact, tokenizer = agrpo.load_policy("model", "cpu")
+    monkeypatch.setattr(agrpo, "load_model", lambda checkpoint, dtype, *rest: load(checkpoint, torch.bfloat16, *rest))
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled=True: autocast(kind, dtype, enabled=True))
+    cfg = agrpo.parse([*JOB, "--gradient-checkpointing", "on", "--temperature", "0.6", "--top-k", "50", "--top-p", "0.99"])[0]
+    policy, _ = agrpo.load_policy("model", "cpu", cfg, train=True)
+    policy.model.get_output_embeddings().float()
+    kinds = {name.split(".")[-2] if "lora" not in name else "lora": p.dtype for name, p in policy.named_parameters()}
+    assert kinds["lora"] == kinds["lm_head"] == torch.float32 and kinds["embed_tokens"] == torch.bfloat16
+    g = torch.Generator().manual_seed(0)
+    prompt, state = torch.randint(200, (3, 7), generator=g), torch.randint(200, (3, 16), generator=g)
+    with torch.no_grad():
+        a, b = (p.logits(prompt, torch.ones_like(prompt), state, state >= 0).log_softmax(-1).nan_to_num(neginf=0) for p in (policy, exact))
+    assert a.dtype == torch.float32 and 0 < (a - b).abs().mean() < 0.05
+    optimizer = agrpo.make_optimizer(policy, cfg)
+    examples = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(8)]
+    for step in range(2):
+        row = agrpo.train_step(policy, tokenizer, optimizer, examples, step, cfg)
+        assert row["skipped"] == 0 and row["grad_norm"] > 0 and row["ratio"] == pytest.approx(1, abs=0.05)
