@@ -33,6 +33,7 @@ Departs from the paper or its official code in (`--preset official` goes back in
 """
 import argparse
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -1112,6 +1113,8 @@ def main(argv=None) -> int:
             accelerate.PartialState(cpu=device_for(cfg) == "cpu")                    # joins the processes
         code = run(cfg, **flags)
         if processes()[1] > 1:                                                       # not after an error: others may wait for this one
+            gc.collect()                                                             # what holds on to the group goes first, on all
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         return code
     except (BadInput, FloatingPointError) as error:

@@ -1,5 +1,6 @@
 """One training step, its gradient saved by the first process. Started by tests/test_parallel.py, alone or by torchrun:
 python tests/parallel.py MODEL_DIR OUT.pt lora|full|fsdp PROMPTS"""
+import gc
 import sys
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def main(model, out, kind, prompts):
     if agrpo.processes()[0] == 0:
         torch.save({"grads": grads, "after": after, "row": {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k}}, out)
     if agrpo.processes()[1] > 1:
+        del policy, optimizer, trained, grads, after
+        gc.collect()
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

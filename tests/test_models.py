@@ -440,7 +440,8 @@ def test_the_precision_of_a_gpu_trains_too(job, monkeypatch):
     autocast, load = torch.autocast, agrpo.load_model
     exact, tokenizer = agrpo.load_policy("model", "cpu")
     monkeypatch.setattr(agrpo, "load_model", lambda checkpoint, dtype, *rest: load(checkpoint, torch.bfloat16, *rest))
-    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled=True: autocast(kind, dtype, enabled=True))
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype=None, enabled=True, **more:
+                        autocast(kind, dtype, enabled=enabled or dtype == torch.bfloat16, **more))       # ours, not those of transformers
     cfg = agrpo.parse([*JOB, "--gradient-checkpointing", "on", "--temperature", "0.6", "--top-k", "50", "--top-p", "0.99"])[0]
     policy, _ = agrpo.load_policy("model", "cpu", cfg, train=True)
     policy.model.get_output_embeddings().float()
