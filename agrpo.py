@@ -173,6 +173,7 @@ class Policy(torch.nn.Module):
         return self(prompt, prompt_mask, state, where)
 
     def forward(self, prompt, prompt_mask, state, where):
+        """What `logits` does, as the module's call: the hooks of sharded weights hang on it."""
         ids, C = torch.cat([prompt, state], 1), state.shape[1]                       # (N, S), S = P + C
         attention_mask = torch.cat([prompt_mask, torch.ones_like(state)], 1)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
