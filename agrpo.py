@@ -183,7 +183,7 @@ class Policy(torch.nn.Module):
             attention_mask = (sees | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device))[:, None]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
             hidden = self.model.get_decoder()(input_ids=ids, attention_mask=attention_mask, position_ids=positions).last_hidden_state
-        end = ids.shape[1] - self.shift
+        end = ids.shape[1] - self.shift                                              # hidden (N, S, width): the last C columns, or one earlier
         hidden, head = hidden[:, end - C:end][where], self.model.get_output_embeddings()             # (n, width)
         dtype = torch.promote_types(hidden.dtype, torch.float32)                     # bfloat16 logits would be off by 0.1 nats
         logits = torch.nn.functional.linear(hidden.to(dtype), head.weight.to(dtype))                 # (n, V)
@@ -698,8 +698,9 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     traj, texts = generate(policy, tokenizer, cfg, batch, [("rollout", cfg.seed, step, i) for i in range(len(batch))])
     # reward and advantage
     weights = read_weights(cfg.task, cfg.reward_weights)
-    parts = once(lambda: [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)])       # a grader may run into its time limit:
-    solved = once(lambda: [grade(cfg.task, text, ex) == 1 for text, ex in zip(texts, batch)])                  # one process's word is all's
+    # a grader may run into its time limit: one process's word is all's
+    parts = once(lambda: [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)])
+    solved = once(lambda: [grade(cfg.task, text, ex) == 1 for text, ex in zip(texts, batch)])
     if cfg.overlong_penalty:
         parts = [{**p, "overlong": -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)}
                  for p, n in zip(parts, traj.length.tolist())]
@@ -734,12 +735,11 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "clip_fraction": float(((ratio - 1).abs() > cfg.clip).float().mean()), "grad_norm": float(grad_norm),
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
             "passes": len(views.row), "skipped": int(not finite), "lr": learning_rate(step, cfg), "heldout": "",
-            "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3), "update_seconds": round(time.perf_counter() - clock, 3)}
+            "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
+            "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
-# ---------------------------------------------------------------------------------------------------- prompts and models
-
-
+# ------------------------------------------------------------------------------------------------ models, in and out
 def load_policy(model: str, device: str, cfg: Config = Config(), train: bool = False) -> tuple[Policy, object]:
     """A directory or the hub's owner/name -> policy, tokenizer. To train: with adapters if lora_rank, else all of it in float32; what is
     not trained is bfloat16 on a GPU. Raises BadInput unless it is a masked diffusion model of FAMILIES whose every weight is found."""
