@@ -32,6 +32,8 @@ Departs from the paper or its official code in (`--preset official` goes back in
     6. a finished row leaves the batch, zero-advantage groups are skipped, and MASK itself is never sampled.
 """
 import argparse
+import contextlib
+import copy
 import dataclasses
 import gc
 import hashlib
@@ -54,9 +56,10 @@ from tqdm import tqdm
 
 import eval as run_folder              # evaluation, figures and the files of a run
 from eval import (SMALL, adapter_shape, add_adapter, anyone, base_of, computed_again, encode_prompts, end_of_turn, everyones,
-                  load_adapter, load_model, merge, once, open_checkpoint, parameter_count, processes, save_weights, say, tiny_model,
-                  tiny_tokenizer)
-from rewards import FORMATS, TASKS, BadInput, grade, load_examples, load_split, overlong, prompt_for, read_weights, reward_parts
+                  load_adapter, load_model, merge, once, open_checkpoint, parameter_count, processes, read_controller, save_controller,
+                  save_weights, say, tiny_model, tiny_tokenizer)
+from rewards import (FORMATS, TASKS, BadInput, gold_completion, grade, load_examples, load_split, overlong, prompt_for, read_pairs, read_weights,
+                     reward_parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -64,16 +67,17 @@ from rewards import FORMATS, TASKS, BadInput, grade, load_examples, load_split, 
 class Config:
     """One line per knob; the command line is made from it (max_steps -> --max-steps). CHOICES lists what words a knob takes."""
     task: str = "sudoku"               # what to learn
-    model: str = "tiny"                # "tiny", a directory with a checkpoint, or the hub's owner/name
+    model: str = "tiny"                # "tiny", "tiny-block", a directory with a checkpoint, or the hub's owner/name
     model_block: int = 0               # block-causal models: tokens in a block of their attention; 0: as its config.json says
     quantize: str = ""                 # 4bit: the frozen base in NF4 (bitsandbytes, a GPU)
     data: str = ""                     # a file of examples instead of generated or published ones
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
     prompt: str = ""                   # how a task is put; default: as the checkpoint was trained here, tiny: bare, others: agrpo
     system_prompt: str = ""            # instructions in place of the prompt's own
+    sft: str = ""                      # supervised fine-tuning instead of RL: gold (the task's right answers) or a file of prompts, completions
     seed: int = 0                      # everything random is a function of it
     device: str = "auto"               # auto: cuda if there is one
-    name: str = ""                     # run folder runs/NAME; default TASK-METHOD-seedSEED, or with the preset's name
+    name: str = ""                     # run folder runs/NAME; default TASK-METHOD-seedSEED, or with the preset's name or sft
     preset: str = ""                   # official: the published estimator settings; 24gb, 80gb: for GPUs of this memory
     max_steps: int = 100               # optimizer steps = rollouts
     # rollout
@@ -91,13 +95,33 @@ class Config:
     temperature: float = 1.0           # tau [paper: 0.6]
     top_k: int = 0                     # sample among the k likeliest tokens; 0: all [paper: 150]
     top_p: float = 1.0                 # ... and among the fewest that hold this much probability; needs top_k [paper: 0.99]
+    block_cache: str = "on"            # block-causal models: keys and values of finished blocks are kept; exact
+    dynamic_sampling: int = 0          # times that groups of equal rewards are replaced by those of other prompts [DiPO]
     # estimator and loss
-    method: str = "agrpo"              # which states are scored
+    method: str = "agrpo"              # which states are scored: a row of VIEWS, with the settings of PUBLISHED
     timesteps: str = "batch_gradient"  # how they are drawn [paper: batch_entropy]
     mc_steps: int = 1                  # K time steps drawn per completion with an advantage, on average [paper: 24]
     normalizer: str = "steps"          # Z: steps = T, constant; last_step = m of each completion [paper: last_step]
     advantage: str = "std"             # of a reward within its group [paper: mean]
     clip: float = 0.2                  # eps of Eq. 4
+    clip_high: float = 0.0             # eps above 1, where it is another; 0: as clip [DiPO: 0.28]
+    kl: float = 0.0                    # beta of Eq. 4 [diffu-GRPO: 0.04, TraceRL: 0.01]
+    kl_reference: str = "base"         # the model to begin with, or old: the policy before the update [TraceRL: old]
+    inner_epochs: int = 1              # optimizer steps per rollout [diffu-GRPO: 12]
+    shrink: int = 1                    # tracerl: steps merged into one state [TraceRL: 8, block-causal 1]
+    prompt_masking: float = 0.0        # diffu-grpo: share of the prompt's tokens masked [diffu-GRPO: 0.15]
+    is_cap: float = 0.0                # C of Eq. 7, truncates the weights surrogate / behaviour; 0: no such weights
+    update_block: int = 0              # block-causal models: blocks of so many tokens in the update; 0: those of the rollout [TraceRL: larger]
+    value_model: str = "off"           # on: per-token baselines (TraceRL); for methods that score every step
+    value_lr: float = 5e-4
+    gamma: float = 1.0                 # discount per step, for the value model
+    lam: float = 1.0                   # lambda of its advantages
+    # a controller of the sampler (DiFFPO)
+    controller: str = "off"            # a threshold of the sampler per prompt: on each token's probability, or on entropy
+    controller_training: str = "joint"     # with the model, or alone: the model stays as it is
+    controller_sigma: float = 0.5      # of the logarithm that is drawn in training
+    controller_lr: float = 0.02        # of its head
+    alpha: float = 0.5                 # its reward: solved x (1 - NFE / length)^alpha
     reward_weights: str = ""           # of the reward's parts, such as correct=3,format=0.5; default: the published sums
     overlong_penalty: float = 0.0      # taken from the reward of a completion that fills its whole length ...
     overlong_from: float = 0.8         # ... rising from 0 at this share of it
@@ -135,12 +159,30 @@ TASK_SHAPES = {                        # what a task needs otherwise; flags win 
     "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3", "max_steps": 150, "lr": 1e-3,
                   "base_batch": 48},
 }
+TINY_BLOCK = {                         # the same for --model tiny-block: a block more, as the first is what the prompt left of one
+    "sudoku": {"completion_length": 20, "block_length": 4, "steps": 10, "eval_steps": "20,10,5"},
+    "countdown": {"completion_length": 16, "block_length": 4, "steps": 8, "eval_steps": "16,8,4"},
+}
 
+TINY = ("tiny", "tiny-block")          # models made here
 LLADA = "GSAI-ML/LLaDA-8B-Instruct"    # what the tasks without a tiny model start from
 RECIPE = {                             # what every checkpoint but "tiny" gets: the published recipe, five epochs of GSM8K
     "max_steps": 2335, "prompts": 16, "completions": 8, "completion_length": 384, "block_length": 12, "steps": 128, "temperature": 0.6,
     "top_k": 150, "top_p": 0.99, "mc_steps": 24, "lora_rank": 64, "lr": 5e-6, "warmup": 23, "decay_steps": 2335,
     "eval_length": 256, "eval_block_length": 32, "eval_steps": "128", "eval_examples": 256, "eval_every": 100}
+
+PUBLISHED = {                          # --method: what it was published with, where known; flags win over it
+    "agrpo": {},
+    "exact": {},
+    # d1: reward minus group mean, clip 0.5, KL to the base model
+    "diffu-grpo": {"position_term": "off", "advantage": "mean", "normalizer": "length", "clip": 0.5, "kl": 0.04, "prompt_masking": 0.15},
+    "diffpo": {"position_term": "off", "advantage": "mean", "normalizer": "length", "is_cap": 2.0},            # C is not public: ours
+    "tracerl": {"position_term": "off", "normalizer": "state_tokens", "kl": 0.01, "kl_reference": "old", "shrink": 8},
+    "dipo": {"position_term": "off", "normalizer": "batch_tokens", "clip_high": 0.28, "dynamic_sampling": 3},
+}
+TINY_SHRINK = 2                        # 8 of 128 steps would be half a step of the tiny model's 8
+SFT = {"method": "exact", "lr": 1e-3, "max_steps": 400, "prompts": 32, "completions": 2, "warmup": 40, "decay_steps": 400}  # tiny
+SFT_RECIPE = {"method": "exact", "lr": 1e-5, "max_steps": 1000, "completions": 2, "warmup": 20, "decay_steps": 1000, "prompts": 16}
 
 PRESETS = {                            # --preset; flags win over it
     "": {},
@@ -161,34 +203,55 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model, self.mask_id, self.eos_id, self.turn_id, self.shift, self.block = model, mask_id, eos_id, turn_id, shift, block
         self.sharded = False                                                         # by FSDP: see shard
+        self.flex = False                                                            # FlexAttention for the masks of blocks: on GPUs
+        self.controller = self.value = self.base_model = None                        # see Controller, ValueModel, reference
         self.eval()                                                                  # dropout would break ratio = 1
 
-    def logits(self, prompt: Tensor, prompt_mask: Tensor, state: Tensor, where: Tensor) -> Tensor:
+    def logits(self, prompt: Tensor, prompt_mask: Tensor, state: Tensor, where: Tensor, clean: Tensor | None = None, cache=None,
+               with_bound: bool = False):
         """prompt, prompt_mask (N, P); state (N, C) ids; where (N, C) bool -> (n, V) float32, n = where.sum(), row-major.
 
         The LM head runs only at `where`, in float32. Padding is masked and positions count from the first real token, so that
-        a padded row scores as it does alone. MASK gets -inf: it is no token to sample."""
+        a padded row scores as it does alone. MASK gets -inf: it is no token to sample. For block-causal models: with `clean` (N, C), the
+        final text, each block of the state is read behind the final text of those before it, all in one pass; with `cache` only the block
+        being denoised is computed. with_bound: (logits, what the controller makes of the prompt (N,))."""
         if self.sharded and not torch.is_grad_enabled():
             anyone(True)                                                             # see wait_for_others
-        return self(prompt, prompt_mask, state, where)
+        return self(prompt, prompt_mask, state, where, clean, cache, with_bound)
 
-    def forward(self, prompt, prompt_mask, state, where):
+    def forward(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_bound=False):
         """What `logits` does, as the module's call: the hooks of sharded weights hang on it."""
-        ids, C = torch.cat([prompt, state], 1), state.shape[1]                       # (N, S), S = P + C
-        attention_mask = torch.cat([prompt_mask, torch.ones_like(state)], 1)
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        if self.block:                                                               # (N, 1, S, S); a padded query sees itself: no NaN
-            block, real = positions // self.block, attention_mask.bool()
-            sees = (block[:, :, None] >= block[:, None, :]) & real[:, None, :] & real[:, :, None]
-            attention_mask = (sees | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device))[:, None]
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            hidden = self.model.get_decoder()(input_ids=ids, attention_mask=attention_mask, position_ids=positions).last_hidden_state
-        end = ids.shape[1] - self.shift                                              # hidden (N, S, width): the last C columns, or one earlier
-        hidden, head = hidden[:, end - C:end][where], self.model.get_output_embeddings()             # (n, width)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)                     # bfloat16 logits would be off by 0.1 nats
-        logits = torch.nn.functional.linear(hidden.to(dtype), head.weight.to(dtype))                 # (n, V)
+        hidden, head = self.hidden(prompt, prompt_mask, state, clean, cache), self.model.get_output_embeddings()
+        at = hidden[:, 1 - self.shift:][:, :state.shape[1]][where]                   # (n, width)
+        dtype = torch.promote_types(at.dtype, torch.float32)                         # bfloat16 logits would be off by 0.1 nats
+        logits = torch.nn.functional.linear(at.to(dtype), head.weight.to(dtype))     # (n, V)
         mask_column = torch.arange(logits.shape[1], device=logits.device) == self.mask_id
-        return logits.masked_fill(mask_column, -math.inf)
+        logits = logits.masked_fill(mask_column, -math.inf)
+        return (logits, self.controller(hidden[:, 0].to(dtype)).squeeze(1)) if with_bound else logits
+
+    def hidden(self, prompt, prompt_mask, state, clean=None, cache=None) -> Tensor:
+        """(N, 1 + C, width): of the prompt's last token and of the completion."""
+        ids, P, C = torch.cat([prompt, state], 1), prompt.shape[1], state.shape[1]   # (N, S), S = P + C
+        real = torch.cat([prompt_mask, torch.ones_like(state)], 1)
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        if cache is not None:
+            return cache.read(self, ids, real.bool(), positions)[:, -1 - C:]
+        noisy = torch.zeros(P + C, dtype=torch.bool, device=ids.device)
+        if clean is not None:                                                        # [clean | noisy]: the noisy part begins with the prompt's
+            tail = min(P, max(1, self.block - 1))                                    # last tokens, as its first block may be partly prompt
+            ids = torch.cat([prompt, clean, ids[:, P - tail:]], 1)
+            real, positions = (torch.cat([x, x[:, P - tail:]], 1) for x in (real, positions))
+            noisy = torch.arange(ids.shape[1], device=ids.device) >= P + C
+        mask = block_mask(block_rule(positions // self.block, real.bool(), noisy), *ids.shape, ids.device, self.flex) if self.block else real
+        return self.decode(ids, mask, positions)[:, -1 - C:]
+
+    def decode(self, ids, attention_mask, positions, cache=None) -> Tensor:
+        """The model without its head: (N, width of ids, hidden)."""
+        decoder = self.model.get_decoder()
+        if self.block:
+            decoder.config._attn_implementation = "sdpa" if isinstance(attention_mask, Tensor) else "flex_attention"
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            return decoder(input_ids=ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache).last_hidden_state
 
     def wait_for_others(self):
         """Sharded weights travel between processes in every forward, so all must make equally many: one that has finished its
@@ -197,6 +260,68 @@ class Policy(torch.nn.Module):
         while self.sharded and anyone(False):
             with torch.no_grad():
                 self(one, torch.ones_like(one), one, one.bool())
+
+
+def block_rule(block: Tensor, real: Tensor, noisy: Tensor) -> Callable:
+    """Block-causal attention from indices alone: (row, head, query, key) -> bool. block, real (N, S), noisy (S,). A block sees itself and,
+    in their final text, those before it: noisy sees noisy of its own block and clean of earlier ones, clean sees clean up to its own
+    block, never noisy (DiRL, arXiv 2512.22234). A padded query sees itself: no NaN."""
+    def sees(n, head, q, k):
+        same, before = block[n, q] == block[n, k], block[n, q] > block[n, k]
+        allowed = torch.where(noisy[k], noisy[q] & same, before | (same & ~noisy[q]))
+        return (q == k) | (allowed & real[n, q] & real[n, k])
+    return sees
+
+
+def block_mask(rule: Callable, N: int, S: int, device, flex: bool):
+    """The rule as FlexAttention's block mask, never a dense (S, S) tensor, or as a dense one (N, 1, S, S)."""
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask
+        return create_block_mask(rule, N, None, S, S, device=device)
+    n, s = torch.arange(N, device=device), torch.arange(S, device=device)
+    return rule(n[:, None, None], 0, s[:, None], s)[:, None]
+
+
+class BlockCache:
+    """Keys and values of N rows of a block-causal model, exact: what a finished block holds does not depend on later ones. Rows may stand
+    at different blocks. Each call computes the block being denoised and the one before it, which has just become final: so no
+    call of its own is needed to put that one into the cache."""
+
+    def __init__(self, N: int):
+        self.kept, self.rows, self.columns, self.N = {}, slice(None), None, N        # layer -> keys, values (N, heads, S + 1, size)
+
+    def update(self, key, value, layer, *_):
+        """What a layer calls: stores its keys and values (n, heads, w, size) of `columns` (n, w), returns those of all columns."""
+        if layer not in self.kept:
+            self.kept[layer] = [x.new_zeros(self.N, x.shape[1], self.width, x.shape[3]) for x in (key, value)]
+        for kept, new in zip(self.kept[layer], (key, value)):
+            kept[self.rows[:, None], :, self.columns] = new.transpose(1, 2)
+        return [kept[self.rows] for kept in self.kept[layer]]
+
+    def get_seq_length(self, *_):
+        return 0                                                                     # positions are given
+
+    def read(self, policy, ids, real, positions) -> Tensor:
+        """The hidden states (n, S, width) of the block being denoised and the one before it; zero elsewhere. ids, real, positions (n, S)."""
+        (n, S), device = ids.shape, ids.device
+        self.width, pad = S + 1, S - real.sum(1, keepdim=True)                       # column S takes what does not exist
+        ids, real, block = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, real, positions // policy.block))
+        every = torch.arange(S + 1, device=device)
+
+        def compute(columns):                                                        # (n, w) -> (n, w, width)
+            self.columns = columns
+            own, there = block.gather(1, columns)[:, :, None], real.gather(1, columns)[:, :, None]
+            sees = (own >= block[:, None]) & there & real[:, None] | (columns[:, :, None] == every)
+            return policy.decode(ids.gather(1, columns), sees[:, None], (columns - pad).clamp(min=0), self)
+
+        masked = (ids == policy.mask_id) & real
+        if not self.kept:                                                            # the prompt first
+            compute(every[:int(masked.int().argmax(1).min())].expand(n, -1))
+        current = block.masked_fill(~masked, S).amin(1, keepdim=True)                # (n, 1)
+        columns = pad + (current - 1) * policy.block + torch.arange(2 * policy.block, device=device)
+        columns = columns.masked_fill((columns < pad) | (columns >= S), S)
+        hidden = compute(columns)
+        return hidden.new_zeros(n, S + 1, hidden.shape[2]).scatter(1, columns[:, :, None].expand_as(hidden), hidden)[:, :S]
 
 
 def generator(*key) -> torch.Generator:
@@ -233,8 +358,8 @@ def draw_tokens(logp: Tensor, u: Tensor) -> Tensor:
 # Which positions a step reveals. It sees the open positions, n in all (masked, in the block being denoised): logp (n, V) the
 # sampling law, conf (n, V) the model's plain log-probs (what LLaDA compares), token (n,) candidates, u (n,) noise. A row of UNMASK:
 #   score(logp, conf, token, u, cfg) -> (n,)       the highest of each row are revealed, ties go to the leftmost position
-#   count(ranked, cfg) -> (N,)                     how many, from each row's scores in falling order (N, C), -inf where none is
-#                                                  open; None: C/T. Never fewer than C/T, so that T steps are always enough
+#   count(ranked, bound) -> (N,)                   how many, from each row's scores in falling order (N, C), -inf where none is open,
+#                                                  and its bound (N, 1); None: C/T. Never fewer than C/T: T steps are always enough
 #   order_logp(logp, conf, token, open_, rank, cfg) -> (N,)    log pi_pos, the log-probability of the choice, given what the
 #                                                  trajectory keeps of it: rank (N, C) = 0, 1, .. as chosen, -1 not revealed;
 #       None: the choice does not depend on theta (random), or given theta it is not random at all. Then the token log-probs
@@ -243,6 +368,7 @@ class Unmask(NamedTuple):
     score: Callable
     count: Callable | None = None
     order_logp: Callable | None = None
+    knob: str = ""                     # the field of Config that is the bound, unless a controller sets it
 
 
 LOG_ZERO = -1e4                        # stands for log 0: exp gives 0, sums stay finite, its gradient is 0
@@ -262,13 +388,13 @@ def current_block(state: Tensor, mask_id: int, block_length: int, offset: Tensor
     return block == block.masked_fill(state != mask_id, C).amin(1, keepdim=True)
 
 
-def choose(score: Tensor, open_: Tensor, n: int, count: Callable | None = None, cfg=None) -> Tensor:
+def choose(score: Tensor, open_: Tensor, n: int, count: Callable | None = None, bound: Tensor | None = None) -> Tensor:
     """The best scored open positions of each row, n or what `count` says: score (open_.sum(),), open_ (N, C) -> rank (N, C)."""
     dense = torch.full(open_.shape, -math.inf, dtype=score.dtype, device=score.device)
     dense[open_] = score
     ranked, best = dense.sort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(best).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
-    many = count(ranked, cfg).clamp(min=n)[:, None] if count else n
+    many = count(ranked, bound).clamp(min=n)[:, None] if count else n
     return rank.masked_fill(~open_ | (rank >= many), -1)
 
 
@@ -313,9 +439,9 @@ UNMASK = {
     "plackett_luce": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE[cfg.order_score](conf) / cfg.tau_pos -
                             (-u.clamp(min=1e-300).log()).log(), None, plackett_luce_logp),
     "threshold": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["max_prob"](conf),           # all that are sure enough
-                        lambda ranked, cfg: (ranked >= math.log(cfg.threshold)).sum(1)),
+                        lambda ranked, bound: (ranked >= bound.log()).sum(1), None, "threshold"),
     "entropy_bound": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["neg_entropy"](conf),    # while sum H - max H <= the bound
-                            lambda ranked, cfg: (ranked - ranked.cumsum(1) <= cfg.entropy_bound).sum(1)),
+                            lambda ranked, bound: (ranked - ranked.cumsum(1) <= bound).sum(1), None, "entropy_bound"),
 }
 
 
@@ -335,11 +461,19 @@ class Trajectory:
     nfe: Tensor                        # (N,) denoiser calls the row took part in = its number of steps
     eos_id: int
     turn_id: int | None = None
+    log_bound: Tensor | None = None    # (N,) logarithm of the sampler's threshold, where a controller drew it, and the log-prob of it
+    bound_logp: Tensor | None = None
 
     @property
     def last_step(self) -> Tensor:
         """(N,) the last step that revealed a token other than EOS; 0 for a completion that is all EOS."""
         return torch.where(self.tokens != self.eos_id, self.reveal_step, 0).amax(1)
+
+    @property
+    def counted(self) -> Tensor:
+        """(N, C) bool: tokens up to and with the first EOS, of those that a step revealed: what one-step likelihoods count."""
+        ended = (self.tokens == self.eos_id).int()
+        return (ended.cumsum(1) - ended == 0) & (self.reveal_step < self.entropy.shape[1])
 
     @property
     def length(self) -> Tensor:
@@ -350,10 +484,16 @@ class Trajectory:
     def to(self, device) -> "Trajectory":
         return Trajectory(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
+    def rows(self, index) -> "Trajectory":
+        return Trajectory(**{k: v[index] if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
     @staticmethod
     def join(parts: list) -> "Trajectory":
-        """The rows of all parts, whose prompts are padded alike."""
-        return Trajectory(**{k: torch.cat([vars(p)[k] for p in parts]) if isinstance(v, Tensor) else v for k, v in vars(parts[0]).items()})
+        """The rows of all parts, prompts padded to the widest."""
+        P = max(p.prompt.shape[1] for p in parts)
+        left = {k: [torch.nn.functional.pad(vars(p)[k], (P - p.prompt.shape[1], 0)) for p in parts] for k in ("prompt", "prompt_mask")}
+        return Trajectory(**{k: torch.cat(left.get(k) or [vars(p)[k] for p in parts]) if isinstance(v, Tensor) else v
+                             for k, v in vars(parts[0]).items()})
 
 
 @torch.no_grad()
@@ -373,16 +513,25 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
     traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T), torch.zeros_like(tokens), logp_, order_logp_,
                       entropy_, gradient_, None, torch.zeros_like(tokens[:, 0]), eos_id, policy.turn_id)
     rows = torch.arange(N, device=device)                                            # rows not finished
+    bound = torch.full((N, 1), getattr(cfg, rule.knob) if rule.knob else 0.0, dtype=torch.float64, device=device)
+    cache = BlockCache(N) if policy.block and cfg.block_cache == "on" else None
     for t in range(T):
         block = current_block(tokens[rows], mask_id, L, offset[rows])                # (rows, C)
         open_ = block & (tokens[rows] == mask_id)
         row, position = open_.nonzero(as_tuple=True)                                 # (n,) row-major, as logits
-        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], open_)     # (n, V)
+        if cache:
+            cache.rows = rows
+        ask = cfg.controller != "off" and t == 0
+        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], open_, cache=cache, with_bound=ask)    # (n, V)
+        if ask:
+            logits, mean = logits
+            traj.log_bound, traj.bound_logp = draw_bound(mean.double(), keys, cfg)
+            bound = traj.log_bound.exp()[:, None]
         logp, support = sampling_law(logits, cfg)
         conf = logits.log_softmax(-1)
         u_token, u_order = u[rows[row], t, :, position % L].unbind(-1)               # (n,) each
         token = draw_tokens(logp, u_token)                                           # a candidate for every open position
-        rank = choose(rule.score(logp, conf, token, u_order, cfg), open_, C // T, rule.count, cfg)
+        rank = choose(rule.score(logp, conf, token, u_order, cfg), open_, C // T, rule.count, bound[rows])
         won = rank[open_] >= 0                                                       # (n,)
         at = rows[row[won]], position[won]                                           # row and position in (N, C)
         p, own = logp[won].exp(), logp[won].gather(1, token[won, None]).squeeze(1)
@@ -419,15 +568,17 @@ def state_at(traj: Trajectory, row: Tensor, step: Tensor, mask_id: int) -> tuple
     return traj.tokens[row].masked_fill(u >= step[:, None], mask_id), u == step[:, None]
 
 
-def step_logp(policy, traj: Trajectory, row: Tensor, state: Tensor, target: Tensor, cfg: Config):
-    """Eq. 1, one step of each of M rows under the current parameters: token log-probs (targets,) in row-major order, and
+def step_logp(policy, traj: Trajectory, views: "Views", cfg: Config):
+    """Eq. 1, one step of each of M views under the current parameters: token log-probs (targets,) in row-major order, and
     the log-probability (M,) of the choice of positions, None if the rule has none. One forward: the LM head is needed at
     the targets, and for a position law also at the open positions that lost."""
+    row, state, target = views.row, views.state, views.target
     law, where = UNMASK[cfg.unmasking].order_logp if cfg.position_term == "on" else None, target
     if law:
         offset = block_offset(policy, traj.prompt_mask[row])
         where = current_block(state, policy.mask_id, cfg.block_length, offset) & (state == policy.mask_id)
-    logits = policy.logits(traj.prompt[row], traj.prompt_mask[row], state, where)    # (n, V)
+    logits = policy.logits(traj.prompt[row] if views.prompt is None else views.prompt, traj.prompt_mask[row], state, where,
+                           clean=traj.tokens[row] if views.packed else None)         # (n, V)
     support = None if traj.support is None else traj.support[row][target]
     logp, _ = sampling_law(logits[target[where]], cfg, support)
     token_logp = logp.gather(1, traj.tokens[row][target][:, None]).squeeze(1)
@@ -561,78 +712,312 @@ ADVANTAGES = {
     "mean": zero_if_equal(lambda r: r - r.mean(1, keepdim=True)),
     "leave_one_out": zero_if_equal(lambda r: (r - r.mean(1, keepdim=True)) * r.shape[1] / (r.shape[1] - 1)),
     "std": zero_if_equal(lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)),
+    "none": lambda r: r,                                                             # for a value model, which is a baseline itself
 }
 
-NORMALIZERS = {                        # -> horizon m (N,), Z (N,): the steps that count, and what their sum is divided by
-    "steps": lambda traj, cfg: (traj.nfe, torch.full_like(traj.nfe, cfg.steps)),     # constant Z: gradient of E[R]
-    "last_step": lambda traj, cfg: (traj.last_step + 1, traj.last_step + 1),         # GRPO's length normalisation
+class Normalizer(NamedTuple):
+    """What the sum of Eq. 4 is divided by."""
+    horizon: Callable                  # traj -> (N,), the steps that count
+    divisor: Callable                  # traj, cfg, row (M,), target (M, C) of the views -> Z (M,)
+
+
+NORMALIZERS = {
+    "steps": Normalizer(lambda traj: traj.nfe, lambda traj, cfg, row, target: torch.full_like(row, cfg.steps)),      # T: gradient of E[R]
+    "last_step": Normalizer(lambda traj: traj.last_step + 1, lambda traj, cfg, row, target: traj.last_step[row] + 1),    # AGRPO's m
+    "length": Normalizer(lambda traj: traj.nfe, lambda traj, cfg, row, target: traj.counted.sum(1).clamp(min=1)[row]),   # d1: a mean over tokens
+    # DiPO: a sum over all tokens of the batch, divided by their number; Eq. 4 is a mean over the N completions
+    "batch_tokens": Normalizer(lambda traj: traj.nfe, lambda traj, cfg, row, target: (
+        (traj.reveal_step < cfg.steps).sum() / len(traj.tokens)).clamp(min=1e-9).expand(len(row))),
+    "state_tokens": Normalizer(lambda traj: traj.nfe, lambda traj, cfg, row, target: target.sum(1).clamp(min=1)),    # TraceRL: a mean over each state's
 }
 
 
+# A method is a row of VIEWS: (traj, adv (N,), cfg, mask_id, generator) -> the pieces of work that the loss scores. What differs is which
+# states are scored, and which tokens on each. Where the states are those that the sampler saw, the old log-probs are the recorded ones; for
+# the others (`scored`) the surrogate likelihood is another one than the sampler's, so old and new are both scored on the same views.
 class Views(NamedTuple):
     """What a method scores: M pieces of work, one forward and backward row each."""
     row: Tensor                        # (M,) of the trajectory
-    step: Tensor                       # (M,)
+    step: Tensor                       # (M,) the first step that it stands for
     state: Tensor                      # (M, C) what the denoiser sees
     target: Tensor                     # (M, C) bool, positions whose log-prob counts
     weight: Tensor                     # (M,)
+    prompt: Tensor | None = None       # (M, P) what the denoiser sees of the prompt, if not all
+    scored: bool = False               # old log-probs are to be scored on these views
+    packed: bool = False               # each block of the state is read behind the final text of those before it
+    logp_old: Tensor | None = None     # (M, C) if scored, once the first update is made: see score_old
 
     def select(self, index):
-        return Views(*(x[index] for x in self))
+        return Views(*(x[index] if isinstance(x, Tensor) else x for x in self))
 
 
-def views_where(weight: Tensor, traj: Trajectory, mask_id: int) -> Views:
+def make_views(traj: Trajectory, row: Tensor, step: Tensor, state: Tensor, target: Tensor, weight, cfg: Config, **rest) -> Views:
+    """Views of weight / Z; those without a target are left out."""
+    row, step = row.to(target.device), step.to(target.device)
+    weight = weight / NORMALIZERS[cfg.normalizer].divisor(traj, cfg, row, target).double()
+    return Views(row, step, state, target, weight, **rest).select(target.any(1))
+
+
+def views_where(weight: Tensor, traj: Trajectory, cfg: Config, mask_id: int) -> Views:
     """weight (N, T) -> the steps where it is not zero, as views."""
     row, step = (weight != 0).nonzero(as_tuple=True)
     row, step, weight = (x.to(traj.tokens.device) for x in (row, step, weight[row, step]))
-    return Views(row, step, *state_at(traj, row, step, mask_id), weight)
+    return make_views(traj, row, step, *state_at(traj, row, step, mask_id), weight, cfg)
+
+
+def steps_below_horizon(traj: Trajectory, cfg: Config) -> Tensor:
+    """(N, T) bool: those that count."""
+    return torch.arange(cfg.steps) < NORMALIZERS[cfg.normalizer].horizon(traj).cpu()[:, None]
 
 
 def visits_of(traj: Trajectory, adv: Tensor, horizon: Tensor) -> Visits:
     """What the rollout recorded of each step, on the CPU, with adv (N,) and horizon (N,)."""
-    return Visits(horizon, traj.entropy.cpu(), traj.gradient.cpu().sqrt(), adv.cpu().double())
+    return Visits(horizon.cpu(), traj.entropy.cpu(), traj.gradient.cpu().sqrt(), adv.cpu().double())
 
 
 def agrpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
-    """K drawn states a completion, on average over those with an advantage; weight 1/(Z E[number of draws]) (Eq. 5)."""
-    horizon, Z = (x.cpu() for x in NORMALIZERS[cfg.normalizer](traj, cfg))
-    weight = TIMESTEPS[cfg.timesteps](visits_of(traj, adv, horizon), cfg.mc_steps, g)     # (N, T)
-    return views_where(weight / Z[:, None], traj, mask_id)
+    """AGRPO (arXiv 2510.04019): K drawn states a completion, on average over those with an advantage; weight 1/(Z E[number of draws]) (Eq. 5)."""
+    visits = visits_of(traj, adv, NORMALIZERS[cfg.normalizer].horizon(traj))
+    return views_where(TIMESTEPS[cfg.timesteps](visits, cfg.mc_steps, g), traj, cfg, mask_id)
 
 
 def exact_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
     """Every state of every completion: what agrpo estimates, at up to T/K times the cost."""
-    horizon, Z = (x.cpu() for x in NORMALIZERS[cfg.normalizer](traj, cfg))
-    return views_where((torch.arange(cfg.steps) < horizon[:, None]) / Z[:, None].double(), traj, mask_id)
+    return views_where(steps_below_horizon(traj, cfg).double(), traj, cfg, mask_id)
 
 
-VIEWS = {"agrpo": agrpo_views, "exact": exact_views}
+def diffu_grpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """diffu-GRPO (d1, arXiv 2504.12216): all tokens at once from a completion that is all MASK, one forward; the prompt's tokens are
+    masked at random, anew for every update, which is to make the one-step likelihood less of the same."""
+    row = torch.arange(len(traj.tokens), device=traj.tokens.device)
+    hide = (torch.rand(traj.prompt.shape, generator=g) < cfg.prompt_masking).to(row.device) & traj.prompt_mask.bool()
+    return make_views(traj, row, torch.zeros_like(row), torch.full_like(traj.tokens, mask_id), traj.counted, 1.0, cfg,
+                      prompt=traj.prompt.masked_fill(hide, mask_id), scored=True)
 
 
-def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def diffpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """DiFFPO (arXiv 2510.02212), the two-state mean field: what came before a random step s is scored on the completion all MASK, the
+    rest on x_s. The surrogate is no likelihood of the sampler's: `is_cap` weights each token by the truncated ratio of the two (Eq. 7)."""
+    row = torch.arange(len(traj.tokens), device=traj.tokens.device)
+    split = (torch.rand(len(row), generator=g, dtype=torch.float64).to(row.device) * traj.nfe).long()
+    late, (state, _) = traj.reveal_step >= split[:, None], state_at(traj, row, split, mask_id)
+    return make_views(traj, row.repeat(2), torch.cat([torch.zeros_like(split), split]), torch.cat([torch.full_like(state, mask_id), state]),
+                      torch.cat([traj.counted & ~late, traj.counted & late]), 1.0, cfg, scored=True)
+
+
+def tracerl_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """TraceRL (arXiv 2509.06949): every step, `shrink` neighbours merged: all that they revealed is scored on the state of the first."""
+    every = torch.arange(cfg.steps)
+    row, step = (steps_below_horizon(traj, cfg) & (every % cfg.shrink == 0)).nonzero(as_tuple=True)
+    row, step = row.to(traj.tokens.device), step.to(traj.tokens.device)
+    state, first = state_at(traj, row, step, mask_id)
+    u = traj.reveal_step[row]
+    merged = (u >= step[:, None]) & (u < step[:, None] + cfg.shrink) & (u < cfg.steps)
+    return make_views(traj, row, step, state, merged, 1.0, cfg, scored=cfg.shrink > 1 or cfg.update_block > 0)
+
+
+def dipo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """DiPO (DiRL, arXiv 2512.22234), for block-causal models: every step of every block, the j-th steps of all blocks in one pass, each read
+    behind the final text of the blocks before it: as many passes as the slowest block took steps. Blocks count from the prompt's first
+    token; counted from the completion's, the replay would not be what the sampler saw."""
+    size, u = cfg.update_block or cfg.block_length, traj.reveal_step
+    N, C = u.shape
+    block = (torch.arange(C, device=u.device) + traj.prompt_mask.sum(1, keepdim=True) % size) // size                # (N, C)
+    same = block[:, :, None] == block[:, None, :]                                                                  # (N, C, C)
+    local = u - torch.where(same, u[:, None, :], cfg.steps).amin(2)                  # (N, C) the how-manieth step of its block
+    local = local.masked_fill(u >= cfg.steps, -1)                                    # filled in after the end: no step of ours
+    row, step = (torch.arange(cfg.steps, device=u.device) <= local.amax(1, keepdim=True)).nonzero(as_tuple=True)
+    state = traj.tokens[row].masked_fill(local[row] >= step[:, None], mask_id)
+    return make_views(traj, row, step, state, local[row] == step[:, None], 1.0, cfg, packed=True, scored=cfg.update_block > 0)
+
+
+VIEWS = {"agrpo": agrpo_views, "exact": exact_views, "diffu-grpo": diffu_grpo_views, "diffpo": diffpo_views, "tracerl": tracerl_views,
+         "dipo": dipo_views}
+
+
+def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float, clip_high: float = 0.0) -> tuple[Tensor, Tensor]:
     """Eq. 3 and 4, elementwise: min(r A, clip(r) A) and the ratio r."""
     ratio = (logp - logp_old).exp()
-    return torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv), ratio.detach()
+    return torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + (clip_high or clip)) * adv), ratio.detach()
+
+
+def k3(logp: Tensor, logp_old: Tensor, logp_reference: Tensor) -> Tensor:
+    """The KL term of Eq. 4, elementwise: r (exp(s) - s - 1), s = log(reference / policy). Its gradient is that of KL(policy || reference)
+    in expectation over tokens drawn from the old policy."""
+    s = logp_reference - logp
+    return (logp - logp_old).exp() * (s.exp() - s - 1)
 
 
 def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Minus Eq. 4 for some of the views, and their ratios (tokens, then choices of positions). Losses of disjoint parts add up."""
+    """Minus Eq. 4 for some of the views, and their ratios (tokens, then choices of positions); adv (N,), or (N, C) of a value model.
+    Losses of disjoint parts add up."""
     row, target = views.row, views.target
-    logp, order_logp = step_logp(policy, traj, row, views.state, target, cfg)
+    logp, order_logp = step_logp(policy, traj, views, cfg)
     view_of = target.nonzero(as_tuple=True)[0]                                       # (targets,) the view of each token
-    gain, ratio = surrogate(logp, traj.logp[row][target], adv[row[view_of]], cfg.clip)
+    behaviour = traj.logp[row][target]
+    logp_old = behaviour if not views.scored else logp.detach() if views.logp_old is None else views.logp_old[target]
+    gain, ratio = surrogate(logp, logp_old, adv[row][target] if adv.dim() == 2 else adv[row[view_of]], cfg.clip, cfg.clip_high)
+    if cfg.is_cap:
+        gain = gain * (logp_old - behaviour).exp().clamp(max=cfg.is_cap)             # Eq. 7: w, without a gradient
+    if cfg.kl:
+        gain = gain - cfg.kl * k3(logp, logp_old, logp_old if cfg.kl_reference == "old" else reference_logp(policy, traj, views, cfg))
     total = (gain * views.weight[view_of]).sum()                 # tokens of a step are summed: Eq. 1 is a sum over them
     # The choice of positions is one action of the step, made once however many tokens it reveals: its ratio enters, and is
     # clipped, once per step. Multiplied into the token ratios it would count n times and drag tokens over the clip range.
     if order_logp is not None:
-        gain, order_ratio = surrogate(order_logp, traj.order_logp[row, views.step], adv[row], cfg.clip)
+        of_step = (adv[row] * target).sum(1) / target.sum(1) if adv.dim() == 2 else adv[row]
+        gain, order_ratio = surrogate(order_logp, traj.order_logp[row, views.step], of_step, cfg.clip, cfg.clip_high)
         total, ratio = total + (gain * views.weight).sum(), torch.cat([ratio, order_ratio])
     return -total / len(traj.tokens), ratio                      # 1/N: mean over completions, skipped ones (adv 0) included
 
 
+def pieces(index: Tensor, size: int) -> list:
+    """Parts of at most so many; none of nothing."""
+    return [part for part in index.split(size) if len(part)]
+
+
+@torch.no_grad()
+def score_old(policy, traj: Trajectory, views: Views, cfg: Config) -> Views:
+    """The views with their log-probs under the present parameters."""
+    logp_old = torch.zeros(views.target.shape, dtype=torch.float64, device=views.target.device)
+    for part in pieces(torch.arange(len(views.row), device=logp_old.device), cfg.micro_batch):
+        logp_old[part] = logp_old[part].masked_scatter(views.target[part], step_logp(policy, traj, views.select(part), cfg)[0].double())
+    return views._replace(logp_old=logp_old)
+
+
+@torch.no_grad()
+def reference_logp(policy, traj: Trajectory, views: Views, cfg: Config) -> Tensor:
+    """(targets,) under the model to begin with: the adapters off, or, without adapters, a copy that `keep_reference` made."""
+    if policy.base_model is None:
+        with policy.model.disable_adapter():
+            return step_logp(policy, traj, views, cfg)[0]
+    policy.model, trained = policy.base_model[0], policy.model
+    try:
+        return step_logp(policy, traj, views, cfg)[0]
+    finally:
+        policy.model = trained
+
+
+def keep_reference(policy):
+    """Before training: a frozen copy of all weights, unless adapters can be switched off."""
+    if not hasattr(policy.model, "disable_adapter"):
+        policy.base_model = [copy.deepcopy(policy.model).requires_grad_(False)]      # in a list: no module of the policy's, not saved
+
+
+# ----------------------------------------------------------------------------- per-token baselines, and a controller of the sampler
+class ValueModel(Policy):
+    """TraceRL's diffusion value model: what reward a masked position expects, read before it is revealed. A backbone of its own, or, beside
+    adapters, a second set of adapters on the same one; its head is zero at first. `logits` gives values (n, 1)."""
+
+    def __init__(self, policy: Policy, cfg: Config):
+        super().__init__(policy.model, policy.mask_id, policy.eos_id, policy.turn_id, policy.shift, policy.block)
+        self.flex, parameter = policy.flex, next(policy.model.parameters())
+        self.trained = [p for p in policy.model.parameters() if p.requires_grad]
+        if cfg.lora_rank:
+            add_adapter(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed + 1, "value")
+        else:
+            self.model = copy.deepcopy(policy.model)
+            self.model.get_output_embeddings().requires_grad_(False)
+        self.head = torch.nn.Linear(self.model.get_output_embeddings().weight.shape[1], 1, device=parameter.device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+        with self.on():
+            own = [p for p in self.model.parameters() if p.requires_grad and not any(p is q for q in self.trained)]
+        self.own = [*self.head.parameters(), *own]
+        self.switch("default")
+
+    def switch(self, name: str):
+        if hasattr(self.model, "peft_config"):
+            self.model.set_adapter(name)
+            for p in self.trained + getattr(self, "own", []):                        # switching freezes those not in use
+                p.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def on(self):
+        """The adapters in use are the value model's, forward and backward."""
+        self.switch("value")
+        try:
+            yield
+        finally:
+            self.switch("default")
+
+    def forward(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_bound=False):
+        at = self.hidden(prompt, prompt_mask, state, clean)[:, 1 - self.shift:][:, :state.shape[1]][where]
+        return torch.nn.functional.linear(at.to(torch.promote_types(at.dtype, torch.float32)), self.head.weight, self.head.bias)
+
+    def values(self, traj: Trajectory, views: Views) -> Tensor:
+        """(targets,) in row-major order."""
+        row, clean = views.row, traj.tokens[views.row] if views.packed else None
+        return self.logits(traj.prompt[row], traj.prompt_mask[row], views.state, views.target, clean=clean).squeeze(1)
+
+    @torch.no_grad()
+    def of(self, traj: Trajectory, views: Views, micro_batch: int) -> Tensor:
+        """(N, C), zero where no view has a target."""
+        value = torch.zeros(traj.tokens.shape, dtype=torch.float64, device=traj.tokens.device)
+        with self.on():
+            for part in map(views.select, pieces(torch.arange(len(views.row), device=value.device), micro_batch)):
+                n, position = part.target.nonzero(as_tuple=True)
+                value[part.row[n], position] = self.values(traj, part).double()
+        return value
+
+    def loss(self, traj: Trajectory, views: Views, value_old: Tensor, returns: Tensor, clip: float) -> Tensor:
+        """1/2 max((V - R)^2, (V_clip - R)^2), weighted as the policy's loss."""
+        value, old, target = self.values(traj, views), value_old[views.row][views.target], returns[views.row][views.target]
+        clipped = old + (value - old).clamp(-clip, clip)
+        loss = 0.5 * torch.maximum((value - target)**2, (clipped - target)**2)
+        return (loss * views.weight[views.target.nonzero(as_tuple=True)[0]]).sum() / len(traj.tokens)
+
+
+def gae(reward: Tensor, value: Tensor, step: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (N, C) of TraceRL: reward (N,) falls on the tokens of the last step; value (N, C); step (N, C), -1 for tokens
+    that do not count. With means over the tokens of the next step marked *:
+    R_j = r_j + gamma R*,  A_j = r_j - V_j + gamma V* + gamma lam A*."""
+    adv, returns, last = torch.zeros_like(value), torch.zeros_like(value), step.amax(1)
+    next_ = torch.zeros(3, len(value), dtype=value.dtype, device=value.device)       # R*, V*, A* of the step after
+    for t in range(int(last.max()), -1, -1):
+        here = step == t
+        r = (reward * (last == t))[:, None]
+        R, A = r + gamma * next_[0][:, None], r - value + gamma * next_[1][:, None] + gamma * lam * next_[2][:, None]
+        returns, adv = torch.where(here, R, returns), torch.where(here, A, adv)
+        mean = torch.stack([(x * here).sum(1) for x in (returns, value, adv)]) / here.sum(1).clamp(min=1)
+        next_ = torch.where(here.any(1), mean, next_)
+    return adv, returns
+
+
+# DiFFPO's controller: the sampler's threshold is drawn per completion, log bound ~ Normal(Linear(hidden state of the prompt's last token),
+# sigma), one more action of the trajectory, with an exact ratio. Its head is not published; this one begins at the configured threshold.
+CONTROLLERS = {"off": "", "threshold": "threshold", "entropy": "entropy_bound"}      # --controller -> the sampler that it sets, and its knob
+
+
+def add_controller(policy, cfg: Config, saved: dict | None = None):
+    head = policy.model.get_output_embeddings().weight
+    policy.controller = torch.nn.Linear(head.shape[1], 1, device=head.device)
+    torch.nn.init.zeros_(policy.controller.weight)
+    torch.nn.init.constant_(policy.controller.bias, math.log(getattr(cfg, CONTROLLERS[cfg.controller])))
+    if saved:
+        policy.controller.load_state_dict(saved)
+
+
+def bound_logp(log_bound: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    return -0.5 * ((log_bound - mean) / sigma)**2 - math.log(sigma * math.sqrt(2 * math.pi))
+
+
+def draw_bound(mean: Tensor, keys: list, cfg: Config) -> tuple[Tensor, Tensor]:
+    """mean (N,) -> log bound and its log-prob (N,); the mean itself at temperature 0."""
+    noise = torch.stack([torch.randn((), generator=generator("bound", *key), dtype=torch.float64) for key in keys]).to(mean.device)
+    log_bound = mean + cfg.controller_sigma * noise * (cfg.temperature > 0)
+    return log_bound, bound_logp(log_bound, mean, cfg.controller_sigma)
+
+
+def controller_loss(policy, traj: Trajectory, row: Tensor, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+    """Minus Eq. 4 for the thresholds of some rows, and their ratios: an action like the others, weighted as a step is when Z = T."""
+    blank = torch.full_like(traj.tokens[row], policy.mask_id)
+    _, mean = policy.logits(traj.prompt[row], traj.prompt_mask[row], blank, torch.zeros_like(blank, dtype=torch.bool), with_bound=True)
+    gain, ratio = surrogate(bound_logp(traj.log_bound[row], mean, cfg.controller_sigma), traj.bound_logp[row], adv[row], cfg.clip, cfg.clip_high)
+    return -gain.sum() / (cfg.steps * len(traj.tokens)), ratio
+
+
 # ----------------------------------------------------------------------------------------------------------- the loop
-
-
 def generate(policy, tokenizer, cfg: Config, examples: list, keys: list) -> tuple[Trajectory, list]:
     """One completion per example -> trajectory, texts. The one way from an example to a text, in training and evaluation.
 
@@ -641,7 +1026,7 @@ def generate(policy, tokenizer, cfg: Config, examples: list, keys: list) -> tupl
     ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
     mine = torch.tensor_split(torch.arange(len(examples)), world)[rank]              # neighbours: whole prompts, where they divide
     parts = [rollout(policy, ids[part].to(device), prompt_mask[part].to(device), cfg, [keys[i] for i in part])
-             for part in mine.split(cfg.rollout_batch) if len(part)]
+             for part in pieces(mine, cfg.rollout_batch)]
     policy.wait_for_others()
     traj = Trajectory.join(everyones([part.to("cpu") for part in parts] if world > 1 else parts)).to(device)
     return traj, [tokenizer.decode(row[:n]) for row, n in zip(traj.tokens.cpu(), traj.length.tolist())]
@@ -654,8 +1039,13 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 def make_optimizer(policy, cfg: Config) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.99),
-                             weight_decay=cfg.weight_decay, fused=True)
+    """AdamW over groups that are clipped apart: the policy's weights, and, each with a learning rate of its own, controller and value model."""
+    value = policy.value.own if policy.value else []
+    head = list(policy.controller.parameters()) if policy.controller else []
+    weights = [p for p in policy.model.parameters() if p.requires_grad and not any(p is q for q in value)]
+    groups = [{"params": params, "lr": cfg.lr * scale, "scale": scale} for params, scale in
+              ((weights, 1.0), (head, cfg.controller_lr / cfg.lr), (value, cfg.value_lr / cfg.lr)) if params]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
 
 
 def batch_of_examples(examples: list, step: int, cfg: Config) -> list:
@@ -675,13 +1065,12 @@ def share(views: Views, equal: bool) -> Views:
     return views.select(slice(rank, None, world))
 
 
-def sum_gradients(policy, max_norm: float) -> float:
+def sum_gradients(trained: list, max_norm: float, sharded: bool = False) -> float:
     """Adds up the processes' gradients, clips them together, returns their norm before that. (No wrapper with hooks of its own: the losses
     of disjoint views add up, so one sum after the last backward is all there is to do. FSDP has summed while going backward.)"""
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
     if processes()[1] > 1 and anyone(any(p.grad is not None for p in trained)):
         for p in trained:
-            if policy.sharded:
+            if sharded:
                 p.grad.mul_(processes()[1])                                          # FSDP took the mean
             else:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -690,52 +1079,132 @@ def sum_gradients(policy, max_norm: float) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Config) -> dict:
-    """One step of AGRPO, start to end; returns the row of the log."""
-    # sample: B prompts, G completions each
-    clock = time.perf_counter()
-    batch = [ex for ex in batch_of_examples(examples, step, cfg) for _ in range(cfg.completions)]
-    traj, texts = generate(policy, tokenizer, cfg, batch, [("rollout", cfg.seed, step, i) for i in range(len(batch))])
-    # reward and advantage
+def optimizer_step(policy, optimizer, step: int, cfg: Config, finite: bool) -> tuple[float, bool]:
+    """The one place where weights change: norm of the policy's gradient, and whether it was applied: not unless all of it is finite."""
+    norms = [sum_gradients(group["params"], cfg.max_grad_norm, policy.sharded) for group in optimizer.param_groups]
+    finite = not anyone(not (finite and all(map(math.isfinite, norms))))
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg) * group.get("scale", 1.0)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norms[0], finite
+
+
+def sample(policy, tokenizer, batch: list, keys: list, cfg: Config) -> tuple[Trajectory, list, list]:
+    """One completion per example -> trajectory, the named parts of each reward, and whether each is solved."""
+    traj, texts = generate(policy, tokenizer, cfg, batch, keys)
     weights = read_weights(cfg.task, cfg.reward_weights)
     # a grader may run into its time limit: one process's word is all's
     parts = once(lambda: [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)])
     solved = once(lambda: [grade(cfg.task, text, ex) == 1 for text, ex in zip(texts, batch)])
+    if cfg.controller != "off":                                                      # DiFFPO: right, and in few denoiser calls
+        parts = [{"correct": right * (1 - n / cfg.completion_length)**cfg.alpha} for right, n in zip(solved, traj.nfe.tolist())]
     if cfg.overlong_penalty:
         parts = [{**p, "overlong": -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)}
                  for p, n in zip(parts, traj.length.tolist())]
-    reward = torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64)
-    adv = ADVANTAGES[cfg.advantage](reward.view(cfg.prompts, cfg.completions)).view(-1)
-    finite = all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient))
-    adv = adv if finite else torch.zeros_like(adv)
-    rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
-    # views: which states to score, and with which weight
-    views = VIEWS[cfg.method](traj, adv, cfg, policy.mask_id, generator("timesteps", cfg.seed, step))
-    adv = adv.to(traj.logp.device)
-    views = views.select(adv[views.row] != 0)                               # no advantage, no gradient: no pass
-    # accumulate the gradient over micro-batches and processes, then one optimizer step
-    ratios, total, mine = [], torch.zeros((), dtype=torch.float64), share(views, policy.sharded)
+    return traj, parts, solved
+
+
+def sample_groups(policy, tokenizer, examples: list, step: int, cfg: Config) -> tuple[Trajectory, Tensor, list, list]:
+    """B groups of G completions -> trajectory, reward (N,), and parts and solved of all that was sampled. Dynamic sampling (DiPO): groups
+    of equal rewards, which teach nothing, are dropped and other prompts take their place, a few times at most."""
+    G, kept, reward, all_parts, all_solved = cfg.completions, [], torch.zeros(0, dtype=torch.float64), [], []
+    prompts = batch_of_examples(examples, step, cfg)
+    for attempt in range(cfg.dynamic_sampling + 1):
+        batch = [ex for ex in prompts for _ in range(G)]
+        traj, parts, solved = sample(policy, tokenizer, batch, [("rollout", cfg.seed, step, i, *[attempt][:attempt]) for i in range(len(batch))], cfg)
+        kept, reward = kept + [traj], torch.cat([reward, torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64)])
+        all_parts, all_solved = all_parts + parts, all_solved + solved
+        groups = reward.view(-1, G)
+        equal = groups.amax(1) == groups.amin(1)
+        if attempt == cfg.dynamic_sampling or not equal.any():
+            break
+        different = (~equal).repeat_interleave(G)
+        kept, reward = [Trajectory.join(kept).rows(different.to(traj.tokens.device))], reward[different]
+        g = generator("refill", cfg.seed, step, attempt)
+        prompts = [examples[i] for i in torch.randint(len(examples), (int(equal.sum()),), generator=g).tolist()]
+    return Trajectory.join(kept), reward, all_parts, all_solved
+
+
+def accumulate(loss_of: Callable, views: Views, policy, cfg: Config, ratios: list | None = None) -> float:
+    """Gradients of this process's share of the views, micro-batch after micro-batch; returns its loss."""
+    total, mine = torch.zeros((), dtype=torch.float64), share(views, policy.sharded)
     for start in range(0, len(mine.row), cfg.micro_batch):
-        part = mine.select(slice(start, start + cfg.micro_batch))
-        loss, ratio = policy_loss(policy, traj, part, adv, cfg)
+        loss, ratio = loss_of(mine.select(slice(start, start + cfg.micro_batch)))
         loss.backward()
         total += loss.detach().cpu()
-        ratios.append(ratio.float().cpu())
-    grad_norm = sum_gradients(policy, cfg.max_grad_norm)
-    finite = not anyone(not (finite and math.isfinite(grad_norm) and bool(total.isfinite())))
-    if finite:
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(step, cfg)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        if ratios is not None:
+            ratios.append(ratio.float().cpu())
+    return float(total)
+
+
+def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Config) -> dict:
+    """One step of AGRPO, start to end; returns the row of the log."""
+    # sample: B prompts, G completions each; reward and advantage
+    clock = time.perf_counter()
+    traj, reward, parts, solved = sample_groups(policy, tokenizer, examples, step, cfg)
+    group_adv = adv = ADVANTAGES[cfg.advantage](reward.view(-1, cfg.completions)).view(-1)
+    finite = all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient))
+    group_adv = adv = (adv if finite else torch.zeros_like(adv)).to(traj.logp.device)
+    rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+    # views: which states to score, and with which weight; per-token advantages, where a value model gives them
+    block, policy.block = policy.block, cfg.update_block or policy.block
+    epochs = [VIEWS[cfg.method](traj, adv, cfg, policy.mask_id, generator("timesteps", cfg.seed, step, *[epoch][:epoch]))
+              for epoch in range(cfg.inner_epochs)]
+    if policy.value:
+        value = policy.value.of(traj, epochs[0], cfg.micro_batch)
+        when = (traj.reveal_step // cfg.shrink).masked_fill(traj.reveal_step >= cfg.steps, -1)
+        adv, returns = gae(adv, value, when, cfg.gamma, cfg.lam)
+    else:
+        epochs = [views.select(adv[views.row] != 0) for views in epochs]             # no advantage, no gradient: no pass
+    if cfg.controller != "off" and cfg.controller_training == "alone":
+        epochs = [views.select(slice(0, 0)) for views in epochs]
+    if cfg.inner_epochs > 1 and epochs[0].scored:
+        epochs = [score_old(policy, traj, views, cfg) for views in epochs]
+    # accumulate the gradient over micro-batches and processes, then one optimizer step
+    ratios, applied = [], True
+    for views in epochs:
+        total = accumulate(lambda part: policy_loss(policy, traj, part, adv, cfg), views, policy, cfg, ratios)
+        if cfg.controller != "off":
+            rows = (group_adv != 0).nonzero().squeeze(1)[processes()[0]::processes()[1]]
+            for part in pieces(rows, cfg.micro_batch):
+                loss, ratio = controller_loss(policy, traj, part, group_adv, cfg)
+                loss.backward()
+                total, ratios = total + float(loss.detach()), [*ratios, ratio.float().cpu()]
+        if policy.value:
+            with policy.value.on():
+                total += accumulate(lambda part: (policy.value.loss(traj, part, value, returns, cfg.clip), None), views, policy, cfg)
+        grad_norm, applied = optimizer_step(policy, optimizer, step, cfg, finite and applied and math.isfinite(total))
+    policy.block = block
     ratios = everyones(ratios)
     ratio, mean = torch.cat(ratios or [torch.ones(1)]), lambda xs: float(np.mean(list(xs)))
-    return {"step": step, "reward": float(reward.mean()), **{f"reward_{k}": mean(p[k] for p in parts) for k in parts[0]},
+    return {"step": step, "reward": mean(sum(p.values()) for p in parts), **{f"reward_{k}": mean(p[k] for p in parts) for k in parts[0]},
             "solved": mean(solved), "ratio": float(ratio.mean()),
-            "clip_fraction": float(((ratio - 1).abs() > cfg.clip).float().mean()), "grad_norm": float(grad_norm),
+            "clip_fraction": float(((ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))).float().mean()), "grad_norm": grad_norm,
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
-            "passes": len(views.row), "skipped": int(not finite), "lr": learning_rate(step, cfg), "heldout": "",
+            "bound": float(traj.log_bound.exp().mean()) if traj.log_bound is not None else "", "sampled": len(parts),
+            "passes": sum(len(views.row) for views in epochs), "skipped": int(not applied), "lr": learning_rate(step, cfg), "heldout": "",
             "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
+            "update_seconds": round(time.perf_counter() - clock, 3)}
+
+
+def sft_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Config) -> dict:
+    """One step of supervised fine-tuning (Eq. 8) on rows {"prompt": (message, beginning), "answer": text}, in place of train_step."""
+    clock, device, (rank, world) = time.perf_counter(), next(policy.model.parameters()).device, processes()
+    batch = batch_of_examples(examples, step, cfg)
+    ids, prompt_mask = encode_prompts(tokenizer, [row["prompt"] for row in batch])
+    tokens, g = encode_answers(tokenizer, [row["answer"] for row in batch], cfg.completion_length, policy), generator("sft", cfg.seed, step)
+    is_masked, weight = noise(tokens, policy.block, prompt_mask, g)
+    total = 0.0
+    for part in pieces(torch.tensor_split(torch.arange(len(batch)), world)[rank], cfg.micro_batch):
+        at = (x[part].to(device) for x in (ids, prompt_mask, tokens, is_masked, weight))
+        loss = denoising_loss(policy, *at) * len(part) / len(batch)
+        loss.backward()
+        total += float(loss.detach())
+    grad_norm, applied = optimizer_step(policy, optimizer, step, cfg, math.isfinite(total))
+    return {"step": step, "loss": sum(everyones([total])), "grad_norm": grad_norm, "skipped": int(not applied), "lr": learning_rate(step, cfg),
+            "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": 0.0,
             "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
@@ -755,10 +1224,16 @@ def load_policy(model: str, device: str, cfg: Config = Config(), train: bool = F
     elif train and not full:
         net = add_adapter(net, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     policy = Policy(net, checkpoint.mask_id, tokenizer.eos_token_id, end_of_turn(tokenizer), checkpoint.family.shift, checkpoint.block)
+    policy.flex = bool(checkpoint.block) and torch.device(device).type == "cuda"
     policy.source, policy.base = checkpoint.folder, base_of(adapter) if adapter else model
     for layer in net.get_decoder().layers if train and cfg.gradient_checkpointing == "on" else ():
         layer.forward = computed_again(layer.forward)
-    return policy if cfg.quantize else policy.to(device), tokenizer
+    policy = policy if cfg.quantize else policy.to(device)
+    if cfg.controller != "off":
+        if train and cfg.controller_training == "alone":
+            policy.model.requires_grad_(False)
+        add_controller(policy, cfg, read_controller(adapter or checkpoint.folder))
+    return policy, tokenizer
 
 
 def shard(policy, device: str = "cpu"):
@@ -783,6 +1258,8 @@ def save_model(policy, tokenizer, path: Path, cfg: Config):
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")                   # two processes may make the same base
     source = getattr(policy, "source", None)
     save_weights(policy.model, tokenizer, partial, source, getattr(policy, "base", ""), weights)
+    if policy.controller:
+        save_controller(policy.controller, partial)
     run_folder.write_json(partial / "agrpo.json", dataclasses.asdict(cfg))
     if path.exists():
         path.rename(old := path.with_name(f"{path.name}.{os.getpid()}.old"))
@@ -790,33 +1267,77 @@ def save_model(policy, tokenizer, path: Path, cfg: Config):
     partial.rename(path)
 
 
-# ----------------------------------------------------------------------------------------------------- the tiny base model
-def sft_loss(policy, prompt: Tensor, prompt_mask: Tensor, tokens: Tensor, g: torch.Generator) -> Tensor:
-    """Eq. 8: t ~ U(0, 1] over rows, each completion token masked with probability t, cross-entropy / t, mean over tokens."""
+# ------------------------------------------------------------------------------------- supervised fine-tuning, the tiny base model
+def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
+    """(n, C): each answer, the end of its turn where there is one, then EOS to the end. Raises BadInput if one is longer."""
+    tokens = torch.full((len(texts), C), policy.eos_id)
+    for i, text in enumerate(texts):
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.turn_id] * (policy.turn_id is not None)
+        if len(answer) > C:
+            raise BadInput(f"--completion-length {C}: an answer has {len(answer)} tokens, {text[:60]!r}")
+        tokens[i, :len(answer)] = torch.tensor(answer)
+    return tokens
+
+
+def noise(tokens: Tensor, block: int, prompt_mask: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Eq. 8: t ~ U(0, 1], each completion token masked with probability t -> is_masked, 1 / t, both (N, C). One t a row, stratified over the
+    batch; block-causal models: one a block, as each block is denoised by itself."""
     N, C = tokens.shape
-    t = 1 - (torch.arange(N)[:, None] + torch.rand(N, 1, generator=g)) / N           # stratified over the batch
-    is_masked = (torch.rand(N, C, generator=g) < t).to(tokens.device)
-    logits = policy.logits(prompt, prompt_mask, tokens.masked_fill(is_masked, policy.mask_id), is_masked)
+    if block:
+        of = (torch.arange(C) + prompt_mask.sum(1, keepdim=True).cpu() % block) // block                         # (N, C)
+        many = int(of.max()) + 1
+        t = (torch.randperm(N * many, generator=g).view(N, many) + torch.rand(N, many, generator=g)) / (N * many)
+        t = (1 - t).gather(1, of)
+    else:
+        t = 1 - (torch.arange(N)[:, None] + torch.rand(N, 1, generator=g)) / N
+    return torch.rand(N, C, generator=g) < t, (1 / t).expand(N, C)
+
+
+def sft_loss(policy, prompt: Tensor, prompt_mask: Tensor, tokens: Tensor, g: torch.Generator) -> Tensor:
+    """Eq. 8 with noise drawn from g."""
+    return denoising_loss(policy, prompt, prompt_mask, tokens, *(x.to(tokens.device) for x in noise(tokens, policy.block, prompt_mask, g)))
+
+
+def denoising_loss(policy, prompt: Tensor, prompt_mask: Tensor, tokens: Tensor, is_masked: Tensor, weight: Tensor) -> Tensor:
+    """Eq. 8: cross-entropy of the masked tokens / t, mean over all tokens (N, C)."""
+    logits = policy.logits(prompt, prompt_mask, tokens.masked_fill(is_masked, policy.mask_id), is_masked, clean=tokens if policy.block else None)
     loss = torch.nn.functional.cross_entropy(logits, tokens[is_masked], reduction="none")
-    weight = (1 / t).expand(N, C).to(tokens.device)[is_masked]
-    return (loss * weight).sum() / (N * C)
+    return (loss * weight[is_masked]).sum() / tokens.numel()
+
+
+def sft_examples(tokenizer, cfg: Config, examples: list) -> list:
+    """Prompts and answers to fine-tune on: the task's right answers to its examples, in the prompt's format, or the rows of a file. Says
+    how many are too long for --completion-length, and leaves them out. Raises BadInput if none is left."""
+    if cfg.sft == "gold":
+        rows = [{"prompt": prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt), "answer": gold_completion(cfg.task, ex, cfg.prompt)} for ex in examples]
+    else:
+        rows = [{"prompt": (row["prompt"], ""), "answer": row["completion"]} for row in read_pairs(cfg.sft)]
+    ended = end_of_turn(tokenizer) is not None
+    lengths = [len(ids) + ended for ids in tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]]
+    short = [row for row, n in zip(rows, lengths) if n <= cfg.completion_length]
+    if len(short) < len(rows):
+        say(f"{len(rows) - len(short)} of {len(rows)} answers have more than {cfg.completion_length} tokens and are left out")
+    if not short:
+        raise BadInput(f"--completion-length {cfg.completion_length}: all answers are longer")
+    return short
+
+
+def tiny_block(cfg: Config) -> int:
+    """Tokens in a block of the tiny block-causal model; 0 for the one that sees everything."""
+    return (cfg.model_block or 4) if cfg.model == "tiny-block" else 0
 
 
 def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
     """The tiny base model: able, but not inclined. SFT on answers of which a share of base_lazy follow a lazy rule, the others
     are right, so that many samples find a right answer and a single one seldom does."""
     task, tokenizer = TASKS[cfg.task], tiny_tokenizer()
-    policy = Policy(tiny_model(tokenizer, cfg).to(device), tokenizer.mask_token_id, tokenizer.eos_token_id)
+    block = tiny_block(cfg)
+    policy = Policy(tiny_model(tokenizer, cfg, block).to(device), tokenizer.mask_token_id, tokenizer.eos_token_id, block=block)
     examples, rng = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train"), random.Random(cfg.seed)
-    ids, prompt_mask = (x.to(device) for x in encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare") for ex in examples]))
-    answers = torch.full((2, len(examples), cfg.completion_length), policy.eos_id)   # 0 right, 1 lazy; EOS to the end
-    for i, ex in enumerate(examples):
-        for kind, text in enumerate((task.gold(ex), task.lazy(ex, rng))):
-            answer = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(answer) > cfg.completion_length:
-                raise BadInput(f"--completion-length {cfg.completion_length}: an answer has {len(answer)} tokens, {text!r}")
-            answers[kind, i, :len(answer)] = torch.tensor(answer)
-    answers, g = answers.to(device), generator("sft", cfg.seed)
+    ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare") for ex in examples])
+    texts = [(task.gold(ex), task.lazy(ex, rng)) for ex in examples]
+    answers = torch.stack([encode_answers(tokenizer, kind, cfg.completion_length, policy) for kind in zip(*texts)])  # 0 right, 1 lazy
+    g = generator("sft", cfg.seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(                                    # up for a tenth of the steps, then down to zero
         optimizer, lambda s: min(1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
@@ -824,7 +1345,7 @@ def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
     for step in progress:
         index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
         lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
-        loss = sft_loss(policy, ids[index], prompt_mask[index], answers[lazy, index], g)
+        loss = sft_loss(policy, *(x.to(device) for x in (ids[index], prompt_mask[index], answers[lazy, index])), g)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
@@ -839,8 +1360,9 @@ def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
     """Directory of the tiny base model, trained on the first call and cached under $AGRPO_CACHE (~/.cache/agrpo)."""
     knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith("base_")
              or k in ("task", "seed", "completion_length", "train_examples")}
+    knobs |= {"block": tiny_block(cfg)} if tiny_block(cfg) else {}
     cache = Path(os.environ.get("AGRPO_CACHE", "~/.cache/agrpo")).expanduser()
-    path = cache / f"tiny-{cfg.task}-{hashlib.sha256(json.dumps(knobs).encode()).hexdigest()[:12]}"
+    path = cache / f"{cfg.model}-{cfg.task}-{hashlib.sha256(json.dumps(knobs).encode()).hexdigest()[:12]}"
     if rebuild or not (path / "config.json").is_file():
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -858,16 +1380,18 @@ MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "micro_batch
 GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
 
 
-def config_for(task: str, model: str = "", preset: str = "") -> Config:
-    """The settings before flags: of the tiny model by task; of every other checkpoint the recipe, and what the GPU's memory allows."""
+def config_for(task: str, model: str = "", preset: str = "", method: str = "agrpo", sft: str = "") -> Config:
+    """The settings before flags: of the tiny models by task; of every other checkpoint the recipe, and what the GPU's memory allows."""
     model = model or ("tiny" if TASKS[task].lazy else LLADA)
-    if model == "tiny":
-        shape = {**TASK_SHAPES.get(task, {}), **PRESETS[preset]}
+    if model in TINY:
+        shape = {**TASK_SHAPES.get(task, {}), **(TINY_BLOCK.get(task, {}) if model == "tiny-block" else {})}
+        sized, small = preset, {"shrink": min(TINY_SHRINK, PUBLISHED[method].get("shrink", 1))}
     else:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
-        sized = preset if preset.endswith("gb") else "24gb" if memory < 60 else "80gb"
-        shape = {**PRESETS[preset], **RECIPE, **PRESETS[sized]}
-    return Config(**{"task": task, "model": model, "preset": preset, **shape})
+        sized, small = preset if preset.endswith("gb") else "24gb" if memory < 60 else "80gb", {}
+        shape = {**PRESETS[preset], **RECIPE}
+    return Config(**{"task": task, "model": model, "preset": preset, "method": method, **shape, **PUBLISHED[method], **small, **PRESETS[sized],
+                     **((SFT if model in TINY else SFT_RECIPE) if sft else {})})
 
 
 def with_prompt(cfg: Config) -> Config:
@@ -876,7 +1400,7 @@ def with_prompt(cfg: Config) -> Config:
         return cfg
     saved = run_folder.in_run(Path(cfg.model)) / "agrpo.json"
     known = run_folder.read_json(saved) if saved.is_file() else {}
-    style = known.get("prompt") or ("bare" if known or cfg.model == "tiny" else "agrpo")
+    style = known.get("prompt") or ("bare" if known or cfg.model in TINY else "agrpo")
     return dataclasses.replace(cfg, prompt=str(style), system_prompt=cfg.system_prompt or str(known.get("system_prompt", "")))
 
 
@@ -884,27 +1408,38 @@ def with_model(cfg: Config, given: dict) -> Config:
     """What the checkpoint settles: an adapter's rank is its own; a block-causal model is denoised in the blocks of its attention, and where
     nothing else is asked for, one token a step."""
     need_gpu(cfg)
-    checkpoint, _, adapter = (None, None, None) if cfg.model == "tiny" else open_checkpoint(cfg)
+    checkpoint, _, adapter = (None, None, None) if cfg.model in TINY else open_checkpoint(cfg)
     if adapter and cfg.lora_rank:
         own = adapter_shape(adapter)
         if other := [f"--{k.replace('_', '-')} {given[k]}" for k in own if given.get(k, own[k]) != own[k]]:
             raise BadInput(f"{other[0]}: the adapter in {cfg.model} has {', '.join(f'{k} {v}' for k, v in own.items())}; "
                            "--lora-rank 0 trains all weights")
         cfg = dataclasses.replace(cfg, **own)
-    if not checkpoint or not checkpoint.block:
+    block = tiny_block(cfg) if cfg.model in TINY else checkpoint.block
+    if not block and (cfg.method == "dipo" or cfg.update_block):
+        raise BadInput(f"{'--method dipo' if cfg.method == 'dipo' else '--update-block'} needs a block-causal model (SDAR, --model tiny-block): "
+                       f"{cfg.model} attends in both directions")
+    if cfg.controller != "off":                                                      # it may take any number of steps
+        shape = {"unmasking": (rule := CONTROLLERS[cfg.controller]), "steps": cfg.completion_length, "position_term": "off",
+                 "eval_steps": str(cfg.eval_length or cfg.completion_length)}
+        if given.get("unmasking", rule) != rule:
+            raise BadInput(f"--controller {cfg.controller} goes with --unmasking {rule}")
+        cfg = dataclasses.replace(cfg, **{k: v for k, v in shape.items() if k not in given})
+    if not block:
         return cfg
-    block = checkpoint.block
-    if other := {given.get("block_length", block), given.get("eval_block_length", block)} - {block}:
+    if other := {given.get("block_length", block), given.get("eval_block_length", block)} - {block, 0}:
         raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of {block}; leave it out")
-    shape = {"block_length": block, "eval_block_length": block, "steps": cfg.completion_length,
-             "eval_steps": str(cfg.eval_length or cfg.completion_length)}
+    shape = {"block_length": block, "eval_block_length": 0 if cfg.model in TINY else block, "shrink": 1}
+    if cfg.model not in TINY:
+        shape |= {"steps": cfg.completion_length, "eval_steps": str(cfg.eval_length or cfg.completion_length)}
     return dataclasses.replace(cfg, **{k: v for k, v in shape.items() if k not in given})
 
 
 def evaluation_config(cfg: Config) -> Config:
-    """cfg with the sampler of EVALUATION and the shape to evaluate with."""
-    return dataclasses.replace(cfg, completion_length=cfg.eval_length or cfg.completion_length,
-                               block_length=cfg.eval_block_length or cfg.block_length, **EVALUATION)
+    """cfg with the sampler of EVALUATION, or the controller's, and the shape to evaluate with."""
+    at = dataclasses.replace(cfg, completion_length=cfg.eval_length or cfg.completion_length,
+                             block_length=cfg.eval_block_length or cfg.block_length, **EVALUATION)
+    return at if cfg.controller == "off" else dataclasses.replace(at, unmasking=CONTROLLERS[cfg.controller])
 
 
 def steps_of(cfg: Config) -> list[int]:
@@ -913,10 +1448,12 @@ def steps_of(cfg: Config) -> list[int]:
 
 CHOICES = {"task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK,
            "position_term": ("on", "off"), "order_score": ORDER_SCORE, "method": VIEWS, "timesteps": TIMESTEPS, "normalizer": NORMALIZERS,
-           "advantage": ADVANTAGES, "quantize": ("", "4bit"), "gradient_checkpointing": ("off", "on"), "fsdp": ("off", "on"),
+           "advantage": ADVANTAGES, "quantize": ("", "4bit"), **dict.fromkeys(("gradient_checkpointing", "fsdp", "value_model"), ("off", "on")),
+           "block_cache": ("on", "off"), "kl_reference": ("base", "old"), "controller": CONTROLLERS, "controller_training": ("joint", "alone"),
            "report_to": ("", "tensorboard", "wandb", "trackio")}
 MAY_BE_ZERO = {"seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup", "decay_steps", "weight_decay",
-               "eval_every", "base_lazy", "lora_rank", "eval_length", "eval_block_length", "model_block"}
+               "eval_every", "base_lazy", "lora_rank", "eval_length", "eval_block_length", "model_block", "dynamic_sampling", "clip_high", "kl",
+               "prompt_masking", "is_cap", "update_block", "gamma", "lam", "alpha"}
 
 
 def validate(cfg: Config, training: bool = True):
@@ -926,8 +1463,8 @@ def validate(cfg: Config, training: bool = True):
             raise BadInput(message)
 
     run_folder.check_settings(cfg, CHOICES, MAY_BE_ZERO if training else {*MAY_BE_ZERO, "temperature"})
-    need(cfg.model != "tiny" or TASKS[cfg.task].lazy,
-         f"--model tiny speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
+    need(cfg.model not in TINY or TASKS[cfg.task].lazy,
+         f"--model {cfg.model} speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
     at = evaluation_config(cfg)
     for C, L, all_steps in ((cfg.completion_length, cfg.block_length, [cfg.steps] if training else []),
                             (at.completion_length, at.block_length, steps_of(cfg))):
@@ -941,7 +1478,7 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.overlong_from < 1, "--overlong-from is a share of the length, below 1")
     need(not cfg.test_data or cfg.data or TASKS[cfg.task].hub, "--test-data goes with --data")
     read_weights(cfg.task, cfg.reward_weights)
-    need(cfg.model != "tiny" or max(cfg.completion_length, cfg.eval_length) <= 200,
+    need(cfg.model not in TINY or max(cfg.completion_length, cfg.eval_length) <= 200,
          f"--completion-length {cfg.completion_length}: the tiny model's context is 256")
     need(max(cfg.train_examples, cfg.eval_examples) <= 100_000, "--train-examples and --eval-examples must be at most 100000")
     need(cfg.base_hidden % 16 == 0, f"--base-hidden {cfg.base_hidden} must be a multiple of 16")
@@ -951,6 +1488,18 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
     need(not cfg.quantize or device_for(cfg) != "cpu" and find_spec("bitsandbytes") and (cfg.lora_rank or not training),
          f"--quantize {cfg.quantize} needs a GPU, the package bitsandbytes and adapters (--lora-rank 64)")
+    visited = cfg.method in ("agrpo", "exact") or cfg.method == "tracerl" and cfg.shrink == 1
+    need(not training or cfg.position_term == "off" or not UNMASK[cfg.unmasking].order_logp or visited and not cfg.update_block,
+         f"--position-term on goes with states as the sampler saw them: --method {cfg.method} scores others")
+    need(cfg.value_model == "off" or cfg.method in ("exact", "tracerl", "dipo"),
+         f"--value-model on needs a method that scores every step (exact, tracerl, dipo), not {cfg.method}")
+    need(cfg.prompt_masking < 1 and max(cfg.gamma, cfg.lam) <= 1, "--prompt-masking must be below 1, --gamma and --lam at most 1")
+    need(not cfg.update_block or cfg.update_block % cfg.block_length == 0,
+         f"--update-block {cfg.update_block} is not a multiple of the rollout's blocks of {cfg.block_length}")
+    need(not cfg.sft or cfg.sft == "gold" or Path(cfg.sft).is_file(), f"--sft {cfg.sft}: gold, or a file of prompts and completions")
+    need(not cfg.sft or cfg.controller == cfg.value_model == "off", "--sft trains no controller and no value model")
+    need(cfg.fsdp == "off" or cfg.controller == cfg.value_model == "off" and not cfg.sft and not (cfg.kl and cfg.kl_reference == "base"),
+         "--fsdp on goes without --sft, --controller, --value-model and --kl to the base model")
     need(cfg.fsdp == "off" or not cfg.lora_rank, "--fsdp on shares the weights of full fine-tuning: --lora-rank 0")
     need(cfg.fsdp == "off" or int(os.environ.get("WORLD_SIZE", 1)) > 1,
          "--fsdp on needs several processes (accelerate launch or torchrun); here: --fsdp off")
@@ -959,8 +1508,8 @@ def validate(cfg: Config, training: bool = True):
 
 def need_gpu(cfg: Config):
     """Raises BadInput, one line that says what would run here, if the model is too large for a machine without a GPU."""
-    local = cfg.model == "tiny" or Path(cfg.model).is_dir()
-    if device_for(cfg) != "cpu" or local and (cfg.model == "tiny" or parameter_count(open_checkpoint(cfg)[0].config) < SMALL) or (
+    local = cfg.model in TINY or Path(cfg.model).is_dir()
+    if device_for(cfg) != "cpu" or local and (cfg.model in TINY or parameter_count(open_checkpoint(cfg)[0].config) < SMALL) or (
             not local and cfg.device == "cpu" and cfg.model != LLADA):
         return
     raise BadInput(f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with adapters), and there is none "
@@ -975,7 +1524,7 @@ def device_for(cfg: Config) -> str:
 
 def open_model(cfg: Config, rebuild: bool = False, train: bool = False):
     """cfg.model -> policy, tokenizer on the device."""
-    model = once(tiny_base, cfg, device_for(cfg), rebuild) if cfg.model == "tiny" else cfg.model
+    model = once(tiny_base, cfg, device_for(cfg), rebuild) if cfg.model in TINY else cfg.model
     return load_policy(model, device_for(cfg), cfg, train)
 
 
@@ -997,17 +1546,21 @@ def evaluate(policy, tokenizer, cfg: Config, examples: list, steps: int) -> dict
 
 def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout: list, seconds: dict) -> bool:
     """The loop, from the folder's checkpoint to max_steps. False if a stop was asked for before that."""
+    if cfg.kl and cfg.kl_reference == "base" and not cfg.sft:
+        keep_reference(policy)
+    policy.value = ValueModel(policy, cfg) if cfg.value_model == "on" else None
     optimizer, start, log, checkpoint = make_optimizer(policy, cfg), 0, folder / "log.csv", folder / "checkpoint.pt"
+    one_step = sft_step if cfg.sft else train_step
     first, in_a_row = processes()[0] == 0, 0
     if checkpoint.is_file():
-        saved = run_folder.load_checkpoint(checkpoint, policy.model, optimizer)
+        saved = run_folder.load_checkpoint(checkpoint, policy, optimizer)
         start = saved["step"]
         seconds.update(saved["seconds"])
     once(lambda: run_folder.write_log(log, run_folder.read_log(log, before_step=start)))
     with (run_folder.tracker(cfg, folder) as track, run_folder.StopRequest() as stop,
           tqdm(desc="agrpo", unit="step", initial=start, total=max(start, cfg.max_steps), disable=None if first else True) as progress):
         for step in range(start, cfg.max_steps):
-            row = train_step(policy, tokenizer, optimizer, examples, step, cfg)
+            row = one_step(policy, tokenizer, optimizer, examples, step, cfg)
             for part in ("rollout", "update"):
                 seconds[part] += row[f"{part}_seconds"]
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
@@ -1017,26 +1570,28 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
             if first:
                 run_folder.append_log(log, row)                  # the row first, then the checkpoint: a run killed in
             if (step + 1) % cfg.save_every == 0 or stopped or step + 1 == cfg.max_steps:       # between repeats a step
-                run_folder.save_checkpoint(checkpoint, policy.model, optimizer, first, step=step + 1, seconds=seconds)
+                run_folder.save_checkpoint(checkpoint, policy, optimizer, first, step=step + 1, seconds=seconds)
             track(row)
             if in_a_row == GIVE_UP:
                 raise FloatingPointError(f"step {step}: loss or gradient was not finite {GIVE_UP} times in a row; no such step changed the weights, "
                                          "the last checkpoint is intact (try a lower --lr)")
             progress.update()
-            progress.set_postfix({k: f"{row[k]:.3g}" for k in ("reward", "solved", "ratio", "grad_norm", "entropy", "nfe")})
+            progress.set_postfix({k: f"{row[k]:.3g}" for k in ("loss", "reward", "solved", "ratio", "grad_norm", "entropy", "nfe") if k in row})
             if stopped:
                 return step + 1 == cfg.max_steps
     return True
 
 
-def forecast(cfg: Config, folder: Path, examples: list, overwrite: bool):
-    """The checks that need the checkpoint's small files; then what the run will cost, printed."""
-    if cfg.model != "tiny":
+def forecast(cfg: Config, folder: Path, examples: list, heldout: list, overwrite: bool) -> list:
+    """The checks that need the checkpoint's small files; then what the run will cost, printed. Returns the rows to train on."""
+    tokenizer, everything = tiny_tokenizer(), examples + heldout
+    if cfg.model not in TINY:
         checkpoint, tokenizer, adapter = open_checkpoint(cfg)
         if overwrite and any(folder.resolve() in place.resolve().parents for place in (checkpoint.folder, adapter or checkpoint.folder)):
             raise BadInput(f"--overwrite would delete {cfg.model}, the model to begin with: --name NAME starts another run")
-        length = check_context(checkpoint.config, tokenizer, cfg, examples)
+        length = check_context(checkpoint.config, tokenizer, cfg, everything)
         print(run_folder.announce(checkpoint.config, cfg, length, device_for(cfg), processes()[1]), flush=True)
+    return sft_examples(tokenizer, cfg, examples) if cfg.sft else examples
 
 
 def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base: bool = False) -> int:
@@ -1045,7 +1600,7 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
     once(run_folder.check, folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data, cfg.test_data)
     begin = time.perf_counter()
-    once(forecast, cfg, folder, examples + heldout, overwrite)
+    rows = once(forecast, cfg, folder, examples, heldout, overwrite)
     policy, tokenizer = open_model(cfg, rebuild_base, train=True)
     once(run_folder.begin, folder, dataclasses.asdict(cfg), overwrite)               # nothing is replaced before the model is there
     size = [sum(p.numel() for p in policy.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)]
@@ -1053,14 +1608,14 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
         shard(policy, device_for(cfg))
     seconds = {"base_model": time.perf_counter() - begin, "rollout": 0.0, "update": 0.0, "eval": 0.0}
     say(f"{cfg.model} model of {size[0]:.2f} M parameters{f', {size[1]:.2f} M of them trained' if size[1] < size[0] else ''}; {cfg.task}: "
-        f"{len(examples)} examples, {len(heldout)} held out; {folder} (log.csv: a row a step)")
+        f"{len(rows)} {'answers' if cfg.sft else 'examples'}, {len(heldout)} held out; {folder} (log.csv: a row a step)")
 
     if not once((folder / "eval_base.json").is_file):                                # a resumed run has it
         results = [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)]
         once(run_folder.write_json, folder / "eval_base.json", results)
     base = run_folder.read_json(folder / "eval_base.json", list)
     say(f"base: {run_folder.percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} steps")
-    if not train(policy, tokenizer, cfg, folder, examples, heldout[:(len(heldout) + 1) // 2], seconds):
+    if not train(policy, tokenizer, cfg, folder, rows, heldout[:(len(heldout) + 1) // 2], seconds):
         say("stopped; the same command with --resume continues")
         return 130
     trained = [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)]
@@ -1083,14 +1638,15 @@ def parse(argv) -> tuple[Config, dict]:
     run_folder.check_settings(dataclasses.replace(Config(), **given), CHOICES, set(MAY_BE_ZERO))
     if len(given.get("model", "")) > 1000 or "\0" in given.get("model", ""):
         raise BadInput("--model is no name of a directory")
-    cfg = config_for(given.get("task", Config.task), given.get("model", ""), given.get("preset", ""))
+    cfg = config_for(*(given.get(k, getattr(Config, k) if k == "task" else "") for k in ("task", "model", "preset")), given.get("method", "agrpo"),
+                     given.get("sft", ""))
     if "completion_length" in given:                                                 # a shape of one's own is also evaluated
         cfg = dataclasses.replace(cfg, eval_length=0, eval_block_length=0)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         cfg = dataclasses.replace(cfg, fsdp="on")
     cfg = dataclasses.replace(cfg, **given)
-    cfg = dataclasses.replace(with_prompt(cfg), name=cfg.name or f"{cfg.task}-{cfg.preset or cfg.method}-seed{cfg.seed}")
+    cfg = dataclasses.replace(with_prompt(cfg), name=cfg.name or f"{cfg.task}-{'sft' if cfg.sft else cfg.preset or cfg.method}-seed{cfg.seed}")
     saved = Path("runs") / cfg.name / "config.json"
     if flags["resume"] and saved.is_file():                                          # the folder's settings, then the flags given
         cfg = dataclasses.replace(run_folder.read_settings(saved, Config), **{**given, "name": cfg.name})

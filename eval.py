@@ -268,13 +268,13 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     write_atomically(folder / "samples.txt", lambda f: f.write("\n".join(samples).encode()))
     rows = read_log(folder / "log.csv")
     if rows:
-        plot_curves(folder / "curve.png", [(rows, base[0], trained[0])], cfg.task)
+        plot_curves(folder / "curve.png", [(rows, base[0], trained[0])], cfg.task, "fine-tuning" if cfg.sft else cfg.method)
     plot_frontier(folder / "frontier.png", {"base": base, "trained": trained}, cfg.task)
     short = [{k: r[0][k] for k in ("solved", "n", "ci95")} for r in (base, trained)]
     by_steps = [{"steps": b["steps"], "nfe": t["nfe"], "base": b["solved"], "trained": t["solved"]} for b, t in zip(base, trained)]
     seconds = {k: round(v, 1) for k, v in {**seconds, "total": sum(seconds.values())}.items()}
     write_json(folder / "summary.json", {
-        "task": cfg.task, "model": cfg.model, "method": cfg.method, "seed": cfg.seed, "base": short[0], "trained": short[1],
+        "task": cfg.task, "model": cfg.model, "method": "sft" if cfg.sft else cfg.method, "seed": cfg.seed, "base": short[0], "trained": short[1],
         "by_steps": by_steps, "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
     print(f"\n{cfg.task}, {base[0]['n']} held-out examples, greedy: solved (95 % interval)")
     lines = [[b["steps"], f"{t['nfe']:.1f}", percent(b), percent(t)] for b, t in zip(base, trained)]
@@ -431,7 +431,7 @@ def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
     except Exception as error:                                                       # its own checks
         raise BadInput(f"{where}: {first_line(error)}") from None
     config.is_causal, config.mask_token_id = False, mask_id
-    block = block or (known.get("block_size") if family.blocks else 0)
+    block = block or (known.get("block_size") if family.blocks else known.get("block_size", 0) if kind == "llama" else 0)
     if type(block) is not int or block < 0 or family.blocks and not block:
         raise BadInput(f"{where}: a block-causal model whose config.json does not give block_size: give --model-block (SDAR and TraDo: 4)")
     return Checkpoint(folder, family, config, mask_id, block)
@@ -541,15 +541,15 @@ def computed_again(forward: Callable) -> Callable:
     return run
 
 
-def add_adapter(model, rank: int, alpha: float, seed: int):
-    """LoRA on all linear layers, float32, at first without effect."""
+def add_adapter(model, rank: int, alpha: float, seed: int, name: str = "default"):
+    """LoRA on all linear layers, float32, at first without effect; a second set if there is one already."""
     import peft
     import torch
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=ALL_LINEAR, lora_dropout=0.0, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():               # initialisation draws from the global generator
         warnings.simplefilter("ignore", FutureWarning)                               # peft asks transformers by an old name
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, config)
+        return model.add_adapter(name, config) if hasattr(model, "peft_config") else peft.get_peft_model(model, config, adapter_name=name)
 
 
 def load_adapter(model, folder: Path, trainable: bool):
@@ -572,6 +572,21 @@ def load_adapter(model, folder: Path, trainable: bool):
         raise
     except Exception as error:
         raise BadInput(f"--model {folder}: adapter: {first_line(error)}") from None
+
+
+def save_controller(controller, folder: Path):
+    from safetensors.torch import save_file
+    save_file({k: v.detach().cpu().contiguous() for k, v in controller.state_dict().items()}, folder / "controller.safetensors")
+
+
+def read_controller(folder: Path) -> dict | None:
+    """The saved head of a sampler's controller beside a model, None if there is none. Raises BadInput."""
+    from safetensors.torch import load_file
+    path = folder / "controller.safetensors"
+    try:
+        return load_file(path) if path.is_file() else None
+    except Exception as error:
+        raise BadInput(f"{path}: {first_line(error)}") from None
 
 
 def adapter_shape(folder: Path) -> dict:
@@ -604,7 +619,7 @@ def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str 
     published names and in the stated precision, and every small file of the source as it is."""
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-        model.save_pretrained(folder, save_embedding_layers=False)                   # else it may save embeddings that were not trained
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])       # embeddings were not trained
         (folder / "README.md").unlink(missing_ok=True)                               # an empty model card
         tokenizer.save_pretrained(folder)
         return
@@ -656,8 +671,8 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def tiny_model(tokenizer, cfg):
-    """A stock Llama that attends in both directions, randomly initialised from the seed."""
+def tiny_model(tokenizer, cfg, block: int = 0):
+    """A stock Llama that attends in both directions, or to blocks of so many tokens and those before them, randomly initialised from the seed."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.base_hidden, intermediate_size=4 * cfg.base_hidden,
@@ -666,7 +681,7 @@ def tiny_model(tokenizer, cfg):
                          initializer_range=0.06,                                     # ... a slow rotation cannot tell neighbours apart
                          max_position_embeddings=256, tie_word_embeddings=False, use_cache=False, is_causal=False,
                          pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                         mask_token_id=tokenizer.mask_token_id)
+                         mask_token_id=tokenizer.mask_token_id, **({"block_size": block} if block else {}))
     with torch.random.fork_rng(devices=[]):                                          # initialisation draws from the global one
         torch.manual_seed(cfg.seed)
         return LlamaForCausalLM(config)
@@ -816,30 +831,30 @@ def label_end(axis, x, y, text, colour):
     axis.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", color=colour, fontsize=9)
 
 
-def plot_curves(path: Path, runs: list[tuple], task: str):
+def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO"):
     """Solved share against training minutes; runs: (rows of log.csv, base, trained or None), one per seed. Completions
     sampled in training (mean of ten steps) and held-out ones decoded greedily."""
     def draw(axis):
         for rows, base, trained in runs:
             spent = [(float(row["rollout_seconds"]) + float(row["update_seconds"])) / 60 for row in rows]
             minutes = [sum(spent[:i + 1]) for i in range(len(spent))]
-            share = [100 * float(row["solved"]) for row in rows]
+            share = [100 * float(row["solved"]) for row in rows if "solved" in row]          # none in supervised fine-tuning
             smooth = [sum(share[max(0, i - 9):i + 1]) / len(share[max(0, i - 9):i + 1]) for i in range(len(share))]
             held = [(0.0, 100 * base["solved"])] + [(m, 100 * float(r["heldout"])) for m, r in zip(minutes[:-1], rows) if r["heldout"]]
             held += [(minutes[-1], 100 * trained["solved"])] if trained else []
-            axis.plot(minutes, share, color=COLOUR["sampled"], alpha=0.25, lw=0.8)
-            axis.plot(minutes, smooth, color=COLOUR["sampled"], lw=1.5, ls=(0, (4, 1)))
+            axis.plot(minutes[:len(share)], share, color=COLOUR["sampled"], alpha=0.25, lw=0.8)
+            axis.plot(minutes[:len(share)], smooth, color=COLOUR["sampled"], lw=1.5, ls=(0, (4, 1)))
             axis.plot(*zip(*held), color=COLOUR["trained"], lw=2, marker="o", ms=4)
             axis.axhline(100 * base["solved"], color=COLOUR["base"], ls=":", lw=1)
         top, used = axis.get_ylim()[1], -math.inf                                    # labels at the ends, none over another
         ends = [(100 * base["solved"] + 0.03 * top, "base, held out", "base"), (held[-1][1], "held out, greedy", "trained"),
-                (smooth[-1], "sampled in training", "sampled")]
+                *[(y, "sampled in training", "sampled") for y in smooth[-1:]]]
         for y, text, colour in sorted(ends):
             used = max(y, used + 0.05 * top)
             label_end(axis, minutes[-1], used, text, COLOUR[colour])
         axis.set_xlim(0, minutes[-1] * 1.35)
         axis.set_ylim(0)
-    figure(path, f"Does AGRPO make the model better at {task}?", "minutes of rollout and update", "solved, %", draw)
+    figure(path, f"Does {method} make the model better at {task}?", "minutes of rollout and update", "solved, %", draw)
 
 
 def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % interval"):
@@ -1051,7 +1066,7 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
 
 
 SAMPLING = ("task", "model", "model_block", "quantize", "data", "prompt", "system_prompt", "seed", "device", "block_length", "unmasking",
-            "order_score", "tau_pos", "threshold", "entropy_bound", "temperature", "top_k", "top_p")               # what an evaluation takes of agrpo.Config
+            "order_score", "controller", "tau_pos", "threshold", "entropy_bound", "temperature", "top_k", "top_p")               # what an evaluation takes of agrpo.Config
 
 
 def fingerprint(model) -> str:
@@ -1077,7 +1092,9 @@ def settings_of(args) -> tuple:
     path = in_run(path)
     known = read_json(path / "agrpo.json") if (path / "agrpo.json").is_file() else {}
     task = given.get("task") or str(known.get("task", "sudoku"))
-    given |= {"task": task, "model": str(path)}
+    given |= {"task": task, "model": str(path), "controller": given.get("controller") or str(known.get("controller", "off"))}
+    if given["controller"] not in ("off", known.get("controller")):
+        raise BadInput(f"--controller {given['controller']}: {path} has " + ("none" if known.get("controller", "off") == "off" else known["controller"]))
     cfg = agrpo.config_for(task, str(path))
     if known.get("task") == task:                                                    # the shape it was evaluated with in training
         known = {"completion_length": known.get("eval_length") or known.get("completion_length"),
@@ -1120,7 +1137,7 @@ def run(args) -> int:
     examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)
     if seen := trained_on(cfg, examples):
         print(f"note: the model was trained on {seen} of these {len(examples)} examples", flush=True)
-    if cfg.model != "tiny":
+    if cfg.model not in agrpo.TINY:
         checkpoint, tokenizer, _ = agrpo.open_checkpoint(cfg)
         agrpo.check_context(checkpoint.config, tokenizer, dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
     policy, tokenizer = agrpo.open_model(cfg)

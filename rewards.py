@@ -598,10 +598,11 @@ def tag_parts(completion: str, grade: float) -> dict:
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
-FORMATS = {                            # --prompt: (how the answer is to be laid out, how the completion begins)
+FORMATS = {                            # --prompt: (how the answer is to be laid out, how the completion begins, an answer laid out so)
     "agrpo": ("First think it through between <think> and </think>. Then give nothing but the final answer, as \\boxed{{{form}}}, between "
-              "<answer> and </answer>.", ""),
-    "d1": ("Answer in this format:\n<reasoning>\nyour reasoning\n</reasoning>\n<answer>\n\\boxed{{{form}}}\n</answer>", "<reasoning>"),
+              "<answer> and </answer>.", "", "<think>{reasoning}</think>\n<answer>\\boxed{{{gold}}}</answer>"),
+    "d1": ("Answer in this format:\n<reasoning>\nyour reasoning\n</reasoning>\n<answer>\n\\boxed{{{form}}}\n</answer>", "<reasoning>",
+           "\n{reasoning}\n</reasoning>\n<answer>\n\\boxed{{{gold}}}\n</answer>"),
 }
 
 
@@ -615,8 +616,21 @@ def prompt_for(task: str, example: dict, style: str, system_prompt: str = "") ->
     row = TASKS[task]
     if style in ("bare", ""):
         return (row.bare or row.question)(example), ""
-    layout, begin = FORMATS[style]
+    layout, begin, _ = FORMATS[style]
     return f"{system_prompt or row.instruction + ' ' + layout.format(form=row.form)}\n\n{row.question(example)}", begin
+
+
+def gold_completion(task: str, example: dict, style: str) -> str:
+    """A right completion in the layout of the prompt's style: what supervised fine-tuning teaches. Its reasoning is GSM8K's own.
+
+    >>> gold_completion("gsm8k", {"question": "?", "answer": "4 + 4 is <<4+4=8>>8.\\n#### 8"}, "agrpo")
+    '<think>4 + 4 is 8.</think>\\n<answer>\\\\boxed{8}</answer>'
+    """
+    gold = TASKS[task].gold(example)
+    if style in ("bare", ""):
+        return gold
+    words, _, _ = example["answer"].partition("####") if task == "gsm8k" else ("", "", "")
+    return FORMATS[style][2].format(reasoning=re.sub(r"<<.*?>>", "", words).strip(), gold=gold)
 
 
 # ----------------------------------------------------------------------------------------------------- the table of tasks
@@ -775,6 +789,24 @@ def from_file(task: str, path: str) -> list[dict]:
     if not examples:
         raise BadInput(f"{path}: no examples in it")
     return examples
+
+
+def read_pairs(path: str) -> list[dict]:
+    """The rows {"prompt", "completion"} of a file of JSON lines. Raises BadInput with file and line number."""
+    rows, number = [], 0
+    try:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+            if line.strip():
+                rows.append(json.loads(line))
+                if not all(isinstance(rows[-1][name], str) and rows[-1][name] for name in ("prompt", "completion")):
+                    raise ValueError("prompt and completion must be text")
+    except OSError as error:
+        raise BadInput(f"cannot read --sft {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f'{path}:{number}: not a line {{"prompt": ..., "completion": ...}}: {error}') from None
+    if not rows:
+        raise BadInput(f"{path}: no rows in it")
+    return rows
 
 
 def load_examples(task: str, n: int, seed: int, split: str, path: str = "") -> list[dict]:

@@ -71,7 +71,7 @@ def measure(name):
         del loss
         grads = sum(p.grad.numel() for p in policy.parameters() if p.grad is not None) * 4e-6
         peaks["update"] = resident(peak=True) - before - grads
-        agrpo.sum_gradients(policy, 1.0)
+        agrpo.sum_gradients(list(policy.parameters()), 1.0)
         optimizer.step()
         peaks["trained"] = resident() - empty - peaks["weights"]
         optimizer.zero_grad(set_to_none=True)

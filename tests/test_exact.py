@@ -269,8 +269,11 @@ def test_the_papers_normalizer_counts_steps_up_to_the_last_token_that_is_no_end(
     traj = agrpo.Trajectory(tokens[:, :0], tokens[:, :0], tokens, when, when * 0, zeros, zeros, zeros, zeros, None,
                             torch.full((3,), 4), 2)
     cfg = dataclasses.replace(BASE, completion_length=4, steps=4)
-    assert [x.tolist() for x in agrpo.NORMALIZERS["last_step"](traj, cfg)] == [[2, 3, 1], [2, 3, 1]]
-    assert [x.tolist() for x in agrpo.NORMALIZERS["steps"](traj, cfg)] == [[4, 4, 4], [4, 4, 4]]
+    row, target = torch.arange(3), when < 2
+    for name, horizon, Z in (("last_step", [2, 3, 1], [2, 3, 1]), ("steps", [4, 4, 4], [4, 4, 4]), ("length", [4, 4, 4], [3, 1, 1]),
+                             ("state_tokens", [4, 4, 4], [2, 2, 2]), ("batch_tokens", [4, 4, 4], [4, 4, 4])):
+        assert agrpo.NORMALIZERS[name].horizon(traj).tolist() == horizon
+        assert agrpo.NORMALIZERS[name].divisor(traj, cfg, row, target).tolist() == Z
 
 
 def enumerated_logps(policy, cfg, traj, i):
@@ -366,7 +369,7 @@ def test_states_are_rebuilt_as_they_were_visited():
     cfg = dataclasses.replace(BASE, completion_length=4, block_length=2, steps=4)
     policy, seen = toy.TableDenoiser(4), []
     inner = policy.logits
-    policy.logits = lambda p, m, state, where: seen.append(state.clone()) or inner(p, m, state, where)
+    policy.logits = lambda p, m, state, where, **_: seen.append(state.clone()) or inner(p, m, state, where)
     prompt = torch.zeros(8, 1, dtype=torch.long)
     traj = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(8)])
     for t, state in enumerate(seen):

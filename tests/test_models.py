@@ -237,7 +237,7 @@ def test_a_block_causal_rollout_scores_again_as_it_was_recorded(tmp_path):
             assert traj.reveal_step[i, :whole][block == b].min() > traj.reveal_step[i, :whole][block == b - 1].max()
     views = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
     with torch.no_grad():
-        logp, order = agrpo.step_logp(policy, traj, views.row, views.state, views.target, cfg)
+        logp, order = agrpo.step_logp(policy, traj, views, cfg)
     assert (logp - traj.logp[views.row][views.target]).abs().max() < 1e-10
     assert (order - traj.order_logp[views.row, views.step]).abs().max() < 1e-10
     assert int(views.target.sum()) == 4 * 12 - 6
@@ -274,7 +274,7 @@ def test_a_run_with_adapters_resumes_to_the_bit_evaluates_merges_and_trains_on(j
     assert any(float(v.abs().max()) > 0 for k, v in a["model"].items() if "lora_B" in k)
     assert {f.name for f in Path("runs/four/model").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "agrpo.json", "tokenizer.json"}
     saved = load_file("runs/four/model/adapter_model.safetensors")
-    assert all(torch.equal(v, a["model"][k.replace(".weight", ".default.weight")]) for k, v in saved.items())
+    assert all(torch.equal(v, a["model"]["model." + k.replace(".weight", ".default.weight")]) for k, v in saved.items())
     summary = json.loads(Path("runs/four/summary.json").read_text())
     assert models.main(["--model", "runs/four", "--data", "sums.jsonl", "--limit", "4", "--device", "cpu", "--out", "e.jsonl"]) == 0
     assert "trained on" in capsys.readouterr().out                                    # of the file, a fifth was held out

@@ -176,7 +176,7 @@ def test_steps_raise_the_likelihood_of_rewarded_completions():
 def sum_logp(policy, traj, cfg):
     with torch.no_grad():
         v = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
-        logp, _ = agrpo.step_logp(policy, traj, v.row, v.state, v.target, cfg)
+        logp, _ = agrpo.step_logp(policy, traj, v, cfg)
         return torch.zeros(len(traj.tokens), dtype=logp.dtype).index_add(0, v.row[v.target.nonzero(as_tuple=True)[0]], logp)
 
 
@@ -240,7 +240,7 @@ def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, q
     assert [set(x) for x in summary["by_steps"]] == [{"steps", "nfe", "base", "trained"}] * 2
     policy, tokenizer = agrpo.load_policy(str(folder / "model"), "cpu")
     saved = weights_of("x")["model"]
-    assert all(torch.equal(v, saved[k]) for k, v in policy.model.state_dict().items())
+    assert all(torch.equal(v, saved[f"model.{k}"]) for k, v in policy.model.state_dict().items())
     capsys.readouterr()
     assert run_folder.main(["--model", "runs/x", "--task", "sudoku", "--limit", "8", "--steps", "4,2", "--out", "e.jsonl", "--device", "cpu"]) == 0
     result = json.loads(Path("e.json").read_text())["results"]

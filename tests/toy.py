@@ -23,6 +23,7 @@ class TableDenoiser:
         self.C, self.V, self.mask_id, self.eos_id = C, V, V, V - 1 if eos else -1
         self.table = (scale * torch.randn((V + 1) ** C, C, V, generator=g, dtype=torch.float64)).requires_grad_()
         self.model, self.turn_id, self.block = self, None, 0
+        self.mean = torch.zeros((), dtype=torch.float64, requires_grad=True)             # of a controller's threshold
 
     def parameters(self):
         return [self.table]
@@ -31,9 +32,33 @@ class TableDenoiser:
         """state (C,) tuple -> logits (C, V)"""
         return self.table[sum(s * (self.V + 1) ** i for i, s in enumerate(state))]
 
-    def logits(self, prompt, prompt_mask, state, where):
-        index = (state * (self.V + 1) ** torch.arange(self.C)).sum(1)
-        return torch.cat([self.table[index], torch.full((len(state), self.C, 1), -math.inf, dtype=torch.float64)], -1)[where]
+    def logits(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_bound=False):
+        z = self.all_logits(state)
+        z = torch.cat([z, torch.full((len(state), self.C, 1), -math.inf, dtype=torch.float64)], -1)[where]
+        return (z, self.mean.expand(len(state))) if with_bound else z
+
+    def all_logits(self, state):
+        return self.table[(state * (self.V + 1) ** torch.arange(self.C)).sum(1)]
+
+
+class BlockTableDenoiser(TableDenoiser):
+    """The same, block-causal: a position's logits do not depend on later blocks."""
+
+    def __init__(self, C, V, size, **rest):
+        super().__init__(C, V, **rest)
+        self.size = size
+
+    def of(self, state):
+        seen = [tuple(s if j // self.size <= i // self.size else self.mask_id for j, s in enumerate(state)) for i in range(self.C)]
+        return torch.stack([super(BlockTableDenoiser, self).of(s)[i] for i, s in enumerate(seen)])
+
+    def logits(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_bound=False):
+        block, parts = torch.arange(self.C) // self.size, []
+        for b in range(self.C // self.size):                                             # this block noisy, those before it final, none after it
+            seen = torch.where(block < b, state if clean is None else clean, torch.where(block == b, state, self.mask_id))
+            parts.append(self.all_logits(seen)[:, block == b])
+        z = torch.cat(parts, 1)
+        return torch.cat([z, torch.full((len(state), self.C, 1), -math.inf, dtype=torch.float64)], -1)[where]
 
 
 def law(z, cfg):
