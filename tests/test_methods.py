@@ -5,14 +5,13 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import toy
 import torch
 from checkpoints import write_checkpoint
-from test_exact import BASE, case
+from test_exact import BASE
 from test_train import CFG, Watched, examples, tiny
 
 import agrpo
@@ -603,7 +602,7 @@ def test_the_published_settings_of_a_method_come_with_its_name_and_flags_win():
 
 def test_a_controller_is_saved_with_the_model_and_used_by_eval(here, capsys, monkeypatch):
     monkeypatch.setattr(agrpo, "grade", lambda task, text, ex: float(sum(map(ord, text)) % 3 == 0))          # an untrained model solves nothing
-    assert go("--name", "c", "--controller", "entropy", "--max-steps", "3", "--controller-lr", "0.5") == 0
+    assert go("--name", "c", "--controller", "entropy", "--max-steps", "3", "--controller-lr", "0.5", "--entropy-bound", "12") == 0
     table = capsys.readouterr().out
     assert json.loads((Path("runs/c/model/agrpo.json")).read_text())["controller"] == "entropy"
     assert run_folder.main(["--model", "runs/c", "--limit", "8", "--out", "c.jsonl"]) == 0
