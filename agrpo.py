@@ -119,7 +119,7 @@ class Config:
     # a controller of the sampler (DiFFPO)
     controller: str = "off"            # a threshold of the sampler per prompt: on each token's probability, or on entropy
     controller_training: str = "joint"     # with the model, or alone: the model stays as it is
-    controller_sigma: float = 0.5      # of the logarithm that is drawn in training
+    controller_sigma: float = 0.5      # deviation of the threshold's logarithm, drawn in training
     controller_lr: float = 0.02        # of its head
     alpha: float = 0.5                 # its reward: solved x (1 - NFE / length)^alpha
     reward_weights: str = ""           # of the reward's parts, such as correct=3,format=0.5; default: the published sums
@@ -208,18 +208,18 @@ class Policy(torch.nn.Module):
         self.eval()                                                                  # dropout would break ratio = 1
 
     def logits(self, prompt: Tensor, prompt_mask: Tensor, state: Tensor, where: Tensor, clean: Tensor | None = None, cache=None,
-               with_bound: bool = False):
+               with_ease: bool = False):
         """prompt, prompt_mask (N, P); state (N, C) ids; where (N, C) bool -> (n, V) float32, n = where.sum(), row-major.
 
         The LM head runs only at `where`, in float32. Padding is masked and positions count from the first real token, so that
         a padded row scores as it does alone. MASK gets -inf: it is no token to sample. For block-causal models: with `clean` (N, C), the
         final text, each block of the state is read behind the final text of those before it, all in one pass; with `cache` only the block
-        being denoised is computed. with_bound: (logits, what the controller makes of the prompt (N,))."""
+        being denoised is computed. with_ease: (logits, what the controller makes of the prompt (N,))."""
         if self.sharded and not torch.is_grad_enabled():
             anyone(True)                                                             # see wait_for_others
-        return self(prompt, prompt_mask, state, where, clean, cache, with_bound)
+        return self(prompt, prompt_mask, state, where, clean, cache, with_ease)
 
-    def forward(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_bound=False):
+    def forward(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_ease=False):
         """What `logits` does, as the module's call: the hooks of sharded weights hang on it."""
         hidden, head = self.hidden(prompt, prompt_mask, state, clean, cache), self.model.get_output_embeddings()
         at = hidden[:, 1 - self.shift:][:, :state.shape[1]][where]                   # (n, width)
@@ -227,7 +227,7 @@ class Policy(torch.nn.Module):
         logits = torch.nn.functional.linear(at.to(dtype), head.weight.to(dtype))     # (n, V)
         mask_column = torch.arange(logits.shape[1], device=logits.device) == self.mask_id
         logits = logits.masked_fill(mask_column, -math.inf)
-        return (logits, self.controller(hidden[:, 0].to(dtype)).squeeze(1)) if with_bound else logits
+        return (logits, self.controller(hidden[:, 0].to(dtype)).squeeze(1)) if with_ease else logits
 
     def hidden(self, prompt, prompt_mask, state, clean=None, cache=None) -> Tensor:
         """(N, 1 + C, width): of the prompt's last token and of the completion."""
@@ -358,17 +358,18 @@ def draw_tokens(logp: Tensor, u: Tensor) -> Tensor:
 # Which positions a step reveals. It sees the open positions, n in all (masked, in the block being denoised): logp (n, V) the
 # sampling law, conf (n, V) the model's plain log-probs (what LLaDA compares), token (n,) candidates, u (n,) noise. A row of UNMASK:
 #   score(logp, conf, token, u, cfg) -> (n,)       the highest of each row are revealed, ties go to the leftmost position
-#   count(ranked, bound) -> (N,)                   how many, from each row's scores in falling order (N, C), -inf where none is open,
-#                                                  and its bound (N, 1); None: C/T. Never fewer than C/T: T steps are always enough
+#   level(ranked) -> (N, C)                        from each row's scores in falling order, -inf where none is open: how great the row's
+#                                                  `ease` must be for so many to be revealed, and ease(cfg), as configured: the logarithm of
+#                                                  an entropy bound, minus that of a threshold. None: C/T are. Never fewer: T steps are enough
 #   order_logp(logp, conf, token, open_, rank, cfg) -> (N,)    log pi_pos, the log-probability of the choice, given what the
 #                                                  trajectory keeps of it: rank (N, C) = 0, 1, .. as chosen, -1 not revealed;
 #       None: the choice does not depend on theta (random), or given theta it is not random at all. Then the token log-probs
 #       alone are the exact law (almost everywhere: where two scores tie, E[R] has no derivative).
 class Unmask(NamedTuple):
     score: Callable
-    count: Callable | None = None
     order_logp: Callable | None = None
-    knob: str = ""                     # the field of Config that is the bound, unless a controller sets it
+    level: Callable | None = None
+    ease: Callable = lambda cfg: 0.0
 
 
 LOG_ZERO = -1e4                        # stands for log 0: exp gives 0, sums stay finite, its gradient is 0
@@ -388,13 +389,17 @@ def current_block(state: Tensor, mask_id: int, block_length: int, offset: Tensor
     return block == block.masked_fill(state != mask_id, C).amin(1, keepdim=True)
 
 
-def choose(score: Tensor, open_: Tensor, n: int, count: Callable | None = None, bound: Tensor | None = None) -> Tensor:
-    """The best scored open positions of each row, n or what `count` says: score (open_.sum(),), open_ (N, C) -> rank (N, C)."""
+def in_order(score: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
+    """score (open_.sum(),), open_ (N, C) -> scores in falling order, -inf where none is open, and their positions, both (N, C)."""
     dense = torch.full(open_.shape, -math.inf, dtype=score.dtype, device=score.device)
-    dense[open_] = score
-    ranked, best = dense.sort(dim=1, descending=True, stable=True)
+    return dense.masked_scatter(open_, score).sort(dim=1, descending=True, stable=True)
+
+
+def choose(score: Tensor, open_: Tensor, n: int, level: Callable | None = None, ease: Tensor | None = None) -> Tensor:
+    """The best scored open positions of each row: n, or as many as its ease (N, 1) allows. -> rank (N, C)."""
+    ranked, best = in_order(score, open_)
     rank = torch.empty_like(best).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
-    many = count(ranked, bound).clamp(min=n)[:, None] if count else n
+    many = (level(ranked) <= ease).sum(1).clamp(min=n)[:, None] if level else n
     return rank.masked_fill(~open_ | (rank >= many), -1)
 
 
@@ -434,14 +439,15 @@ def plackett_luce_logp(logp, conf, token, open_, rank, cfg) -> Tensor:
 UNMASK = {
     "random": Unmask(lambda logp, conf, token, u, cfg: u),
     "confidence": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE[cfg.order_score](conf)),
-    "low_confidence": Unmask(lambda logp, conf, token, u, cfg: conf.gather(1, token[:, None]).squeeze(1), None, losing_logp),
+    "low_confidence": Unmask(lambda logp, conf, token, u, cfg: conf.gather(1, token[:, None]).squeeze(1), losing_logp),
     # as in DCoLT, trains the order too: Gumbel noise on the scores makes their order a draw with logits score / tau_pos
     "plackett_luce": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE[cfg.order_score](conf) / cfg.tau_pos -
-                            (-u.clamp(min=1e-300).log()).log(), None, plackett_luce_logp),
-    "threshold": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["max_prob"](conf),           # all that are sure enough
-                        lambda ranked, bound: (ranked >= bound.log()).sum(1), None, "threshold"),
-    "entropy_bound": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["neg_entropy"](conf),    # while sum H - max H <= the bound
-                            lambda ranked, bound: (ranked - ranked.cumsum(1) <= bound).sum(1), None, "entropy_bound"),
+                            (-u.clamp(min=1e-300).log()).log(), plackett_luce_logp),
+    "threshold": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["max_prob"](conf), None,     # all that are sure enough
+                        lambda ranked: -ranked, lambda cfg: -math.log(cfg.threshold)),
+    "entropy_bound": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["neg_entropy"](conf), None,  # while sum H - max H <= the bound
+                            lambda ranked: (ranked - ranked.cumsum(1)).nan_to_num(math.inf).clamp(min=1e-30).log(),
+                            lambda cfg: math.log(max(cfg.entropy_bound, 1e-29))),
 }
 
 
@@ -461,8 +467,10 @@ class Trajectory:
     nfe: Tensor                        # (N,) denoiser calls the row took part in = its number of steps
     eos_id: int
     turn_id: int | None = None
-    log_bound: Tensor | None = None    # (N,) logarithm of the sampler's threshold, where a controller drew it, and the log-prob of it
-    bound_logp: Tensor | None = None
+    ease: Tensor | None = None         # (N,) where a controller drew it, and the mean of its law
+    ease_mean: Tensor | None = None
+    edges: Tensor | None = None        # (N, 2) between which eases the same positions would have been revealed at every step
+    edge_steps: Tensor | None = None   # (N, 2) the steps that say so; T: none
 
     @property
     def last_step(self) -> Tensor:
@@ -513,7 +521,7 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
     traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T), torch.zeros_like(tokens), logp_, order_logp_,
                       entropy_, gradient_, None, torch.zeros_like(tokens[:, 0]), eos_id, policy.turn_id)
     rows = torch.arange(N, device=device)                                            # rows not finished
-    bound = torch.full((N, 1), getattr(cfg, rule.knob) if rule.knob else 0.0, dtype=torch.float64, device=device)
+    ease = torch.full((N, 1), rule.ease(cfg), dtype=torch.float64, device=device)
     cache = BlockCache(N) if policy.block and cfg.block_cache == "on" else None
     for t in range(T):
         block = current_block(tokens[rows], mask_id, L, offset[rows])                # (rows, C)
@@ -522,16 +530,17 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
         if cache:
             cache.rows = rows
         ask = cfg.controller != "off" and t == 0
-        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], open_, cache=cache, with_bound=ask)    # (n, V)
+        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], open_, cache=cache, with_ease=ask)    # (n, V)
         if ask:
             logits, mean = logits
-            traj.log_bound, traj.bound_logp = draw_bound(mean.double(), keys, cfg)
-            bound = traj.log_bound.exp()[:, None]
+            draw_ease(traj, mean.double(), keys, cfg)
+            ease = traj.ease[:, None]
         logp, support = sampling_law(logits, cfg)
         conf = logits.log_softmax(-1)
         u_token, u_order = u[rows[row], t, :, position % L].unbind(-1)               # (n,) each
         token = draw_tokens(logp, u_token)                                           # a candidate for every open position
-        rank = choose(rule.score(logp, conf, token, u_order, cfg), open_, C // T, rule.count, bound[rows])
+        score = rule.score(logp, conf, token, u_order, cfg)
+        rank = choose(score, open_, C // T, rule.level, ease[rows])
         won = rank[open_] >= 0                                                       # (n,)
         at = rows[row[won]], position[won]                                           # row and position in (N, C)
         p, own = logp[won].exp(), logp[won].gather(1, token[won, None]).squeeze(1)
@@ -551,6 +560,8 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
                 size = torch.autograd.grad(order_logp.sum(), z)[0].square().sum(-1)  # (n,)
             traj.order_logp[rows, t] = order_logp.detach().double()
             traj.gradient[:, t].index_add_(0, rows[row], size.double())
+        if traj.edges is not None:
+            narrow_edges(traj, rows, t, *edges_of_step(score, open_, rank, cfg))
         traj.nfe[rows] += 1
         rows = rows[(tokens[rows] == mask_id).any(1) & ~((tokens[rows] == eos_id) | ~block).all(1)]
         if len(rows) == 0:
@@ -941,7 +952,7 @@ class ValueModel(Policy):
         finally:
             self.switch("default")
 
-    def forward(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_bound=False):
+    def forward(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_ease=False):
         at = self.hidden(prompt, prompt_mask, state, clean)[:, 1 - self.shift:][:, :state.shape[1]][where]
         return torch.nn.functional.linear(at.to(torch.promote_types(at.dtype, torch.float32)), self.head.weight, self.head.bias)
 
@@ -984,36 +995,76 @@ def gae(reward: Tensor, value: Tensor, step: Tensor, gamma: float, lam: float) -
     return adv, returns
 
 
-# DiFFPO's controller: the sampler's threshold is drawn per completion, log bound ~ Normal(Linear(hidden state of the prompt's last token),
-# sigma), one more action of the trajectory, with an exact ratio. Its head is not published; this one begins at the configured threshold.
-CONTROLLERS = {"off": "", "threshold": "threshold", "entropy": "entropy_bound"}      # --controller -> the sampler that it sets, and its knob
+# DiFFPO's controller: the sampler's threshold is drawn per completion, ease x ~ Normal(mu, sigma), mu = Linear(hidden state of the prompt's
+# last token); the head is not published, this one begins at the configured threshold. Given x the choice of positions is not random, but over
+# x it is, and its law depends on the model's confidences: x counted as one more action leaves that out, and the model's gradient is off by 18
+# to 62 % on tables. So x is integrated out: at every step the same positions are revealed for all x between two edges, and
+#   (9)  log pi_pos(traj) = log [ Phi((high - mu) / sigma) - Phi((low - mu) / sigma) ],
+# the edges being levels of one step each. Its gradient trains head and model exactly (at the first update; later ones keep these two steps).
+CONTROLLERS = {"off": "", "threshold": "threshold", "entropy": "entropy_bound"}      # --controller -> the sampler that it sets
 
 
 def add_controller(policy, cfg: Config, saved: dict | None = None):
     head = policy.model.get_output_embeddings().weight
     policy.controller = torch.nn.Linear(head.shape[1], 1, device=head.device)
     torch.nn.init.zeros_(policy.controller.weight)
-    torch.nn.init.constant_(policy.controller.bias, math.log(getattr(cfg, CONTROLLERS[cfg.controller])))
+    torch.nn.init.constant_(policy.controller.bias, UNMASK[CONTROLLERS[cfg.controller]].ease(cfg))
     if saved:
         policy.controller.load_state_dict(saved)
 
 
-def bound_logp(log_bound: Tensor, mean: Tensor, sigma: float) -> Tensor:
-    return -0.5 * ((log_bound - mean) / sigma)**2 - math.log(sigma * math.sqrt(2 * math.pi))
+def draw_ease(traj: Trajectory, mean: Tensor, keys: list, cfg: Config):
+    """Sets a trajectory's ease from mean (N,): drawn, or at temperature 0 the mean itself."""
+    noise = torch.stack([torch.randn((), generator=generator("ease", *key), dtype=torch.float64) for key in keys]).to(mean.device)
+    traj.ease, traj.ease_mean = mean + cfg.controller_sigma * noise * (cfg.temperature > 0), mean
+    traj.edges = torch.tensor([-math.inf, math.inf], dtype=torch.float64, device=mean.device).repeat(len(mean), 1)
+    traj.edge_steps = torch.full((len(mean), 2), cfg.steps, device=mean.device)
 
 
-def draw_bound(mean: Tensor, keys: list, cfg: Config) -> tuple[Tensor, Tensor]:
-    """mean (N,) -> log bound and its log-prob (N,); the mean itself at temperature 0."""
-    noise = torch.stack([torch.randn((), generator=generator("bound", *key), dtype=torch.float64) for key in keys]).to(mean.device)
-    log_bound = mean + cfg.controller_sigma * noise * (cfg.temperature > 0)
-    return log_bound, bound_logp(log_bound, mean, cfg.controller_sigma)
+def edges_of_step(score: Tensor, open_: Tensor, rank: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+    """The eases (N,) from which on a step reveals as many as it did, -inf if it had to, and from which on more, inf if there are no more."""
+    level, many = UNMASK[cfg.unmasking].level(in_order(score, open_)[0]), (rank >= 0).sum(1, keepdim=True)           # (N, C), (N, 1)
+    low = level.gather(1, many - 1).masked_fill(many <= cfg.completion_length // cfg.steps, -math.inf)
+    high = level.gather(1, many.clamp(max=level.shape[1] - 1)).masked_fill(many >= open_.sum(1, keepdim=True), math.inf)
+    return low.squeeze(1), high.squeeze(1)
+
+
+def narrow_edges(traj: Trajectory, rows: Tensor, t: int, low: Tensor, high: Tensor):
+    """Takes a step's edges into the trajectory's, in place."""
+    for side, edge, nearer in ((0, low.double(), torch.gt), (1, high.double(), torch.lt)):
+        better = nearer(edge, traj.edges[rows, side])
+        traj.edges[rows[better], side], traj.edge_steps[rows[better], side] = edge[better], t
+
+
+def ease_logp(edges: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """Eq. 9: edges (N, 2), mean (N,) -> (N,). Both edges above the mean: the same mass on its other side, where it does not round to 1 - 1."""
+    low, high = ((edges - mean[:, None]) / sigma).unbind(1)
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
+    return (torch.special.ndtr(high) - torch.special.ndtr(low)).clamp(min=1e-300).log()
+
+
+def edges_again(policy, traj: Trajectory, row: Tensor, cfg: Config) -> Tensor:
+    """The edges (M, 2) of some rows under the present parameters, from the two steps that set them."""
+    edges = traj.edges[row]
+    for side in (0, 1):
+        at = (traj.edge_steps[row, side] < cfg.steps).nonzero().squeeze(1)
+        if len(at):
+            state, target = state_at(traj, row[at], traj.edge_steps[row[at], side], policy.mask_id)
+            offset = block_offset(policy, traj.prompt_mask[row[at]])
+            open_ = current_block(state, policy.mask_id, cfg.block_length, offset) & (state == policy.mask_id)
+            conf = policy.logits(traj.prompt[row[at]], traj.prompt_mask[row[at]], state, open_).log_softmax(-1)
+            score = UNMASK[cfg.unmasking].score(None, conf, None, None, cfg)
+            edges = edges.index_put((at, torch.full_like(at, side)), edges_of_step(score, open_, target.long() - 1, cfg)[side].double())
+    return edges
 
 
 def controller_loss(policy, traj: Trajectory, row: Tensor, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Minus Eq. 4 for the thresholds of some rows, and their ratios: an action like the others, weighted as a step is when Z = T."""
+    """Minus Eq. 4 for the choice of positions by eases of some rows (Eq. 9), and their ratios: one action, weighted as a step is when Z = T."""
     blank = torch.full_like(traj.tokens[row], policy.mask_id)
-    _, mean = policy.logits(traj.prompt[row], traj.prompt_mask[row], blank, torch.zeros_like(blank, dtype=torch.bool), with_bound=True)
-    gain, ratio = surrogate(bound_logp(traj.log_bound[row], mean, cfg.controller_sigma), traj.bound_logp[row], adv[row], cfg.clip, cfg.clip_high)
+    _, mean = policy.logits(traj.prompt[row], traj.prompt_mask[row], blank, torch.zeros_like(blank, dtype=torch.bool), with_ease=True)
+    edges = edges_again(policy, traj, row, cfg) if cfg.controller_training == "joint" else traj.edges[row]
+    logp, logp_old = (ease_logp(e, m.double(), cfg.controller_sigma) for e, m in ((edges, mean), (traj.edges[row], traj.ease_mean[row])))
+    gain, ratio = surrogate(logp, logp_old, adv[row], cfg.clip, cfg.clip_high)
     return -gain.sum() / (cfg.steps * len(traj.tokens)), ratio
 
 
@@ -1183,7 +1234,7 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "solved": mean(solved), "ratio": float(ratio.mean()),
             "clip_fraction": float(((ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))).float().mean()), "grad_norm": grad_norm,
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
-            "bound": float(traj.log_bound.exp().mean()) if traj.log_bound is not None else "", "sampled": len(parts),
+            "ease": float(traj.ease.mean()) if traj.ease is not None else "", "sampled": len(parts),
             "passes": sum(len(views.row) for views in epochs), "skipped": int(not applied), "lr": learning_rate(step, cfg), "heldout": "",
             "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
             "update_seconds": round(time.perf_counter() - clock, 3)}
@@ -1498,6 +1549,7 @@ def validate(cfg: Config, training: bool = True):
          f"--update-block {cfg.update_block} is not a multiple of the rollout's blocks of {cfg.block_length}")
     need(not cfg.sft or cfg.sft == "gold" or Path(cfg.sft).is_file(), f"--sft {cfg.sft}: gold, or a file of prompts and completions")
     need(not cfg.sft or cfg.controller == cfg.value_model == "off", "--sft trains no controller and no value model")
+    need(cfg.controller == "off" or not cfg.update_block, "--controller goes without --update-block: its thresholds are those of the rollout")
     need(cfg.fsdp == "off" or cfg.controller == cfg.value_model == "off" and not cfg.sft and not (cfg.kl and cfg.kl_reference == "base"),
          "--fsdp on goes without --sft, --controller, --value-model and --kl to the base model")
     need(cfg.fsdp == "off" or not cfg.lora_rank, "--fsdp on shares the weights of full fine-tuning: --lora-rank 0")

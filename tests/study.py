@@ -5,11 +5,15 @@
    matrix of the gradients of single steps, so that hundreds of draws cost nothing.
 2. Bias: by full enumeration of 20 random table denoisers in 8 settings, the expected gradient against autograd of the exact
    expected reward for every row of UNMASK, with and without the position term; then bias and variance together.
+3. Methods: the same for every row of VIEWS, each at its best scale, with its variance times its passes.
+
+Named on the command line (variance_study, bias_study, total_error_study, method_study), only these.
 """
 import csv
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -217,9 +221,129 @@ def total_error_study():
                       "bias and noise / |gradient|", draw, size=(8, 4.6))
 
 
+# -------------------------------------------------------------------------------------------------------------- methods
+ARMS = {                               # what is compared: method and settings beside its published ones
+    "agrpo": ("agrpo", {}), "exact": ("exact", {}), "agrpo, tokens only": ("agrpo", {"position_term": "off"}),
+    "tracerl, shrink 1": ("tracerl", {"shrink": 1}), "tracerl, shrink 2": ("tracerl", {"shrink": 2}), "dipo": ("dipo", {}),
+    "diffpo": ("diffpo", {}), "diffpo, no weights": ("diffpo", {"is_cap": 0.0}), "diffu-grpo": ("diffu-grpo", {}),
+}
+
+
+def view_gradients(policy, traj, views, cfg) -> torch.Tensor:
+    """(views, parameters): of each view's part of the loss, times -N: of its own log-probs, weight included."""
+    ones = torch.ones(len(traj.tokens), dtype=torch.float64)
+    out = []
+    for i in range(len(views.row)):
+        loss, _ = agrpo.policy_loss(policy, traj, views.select(slice(i, i + 1)), ones, cfg)
+        out.append(-torch.autograd.grad(loss, policy.table)[0].flatten() * len(traj.tokens))
+    return torch.stack(out)
+
+
+def method_estimates(policy, cfg, found, batches: torch.Tensor, adv: torch.Tensor):
+    """Expected gradient of a method over all trajectories, its estimates from batches (b, n) of trajectories with their noise over views,
+    and its passes per completion. adv (trajectories,)."""
+    traj, prob = toy.as_trajectory(policy, cfg, found), torch.stack([f[2] for f in found]).detach()
+    traj.prompt = traj.prompt_mask = torch.ones(len(found), cfg.block_length, dtype=torch.long)
+    N, T = len(found), cfg.steps
+    if cfg.method == "agrpo":
+        views = agrpo.exact_views(traj, adv, cfg, policy.mask_id, None)
+        each = torch.zeros(N * T, policy.table.numel(), dtype=torch.float64)
+        each[views.row * T + views.step] = view_gradients(policy, traj, views, cfg)
+        each, horizon = each.view(N, T, -1), agrpo.NORMALIZERS[cfg.normalizer].horizon(traj)
+        mean, passes, estimates = prob @ (adv[:, None] * each.sum(1)), [], []
+        size = torch.stack([torch.autograd.grad(agrpo.policy_loss(policy, traj, v, adv.abs() + 1, cfg)[0], policy.table)[0].norm()
+                            for v in (views.select(slice(i, i + 1)) for i in range(len(views.row)))]).double()
+        gradient = torch.zeros(N, T, dtype=torch.float64)
+        gradient[views.row, views.step] = (size / (adv.abs() + 1)[views.row] / views.weight * N) ** 2     # as the rollout records it
+        traj.gradient = gradient
+        for i, batch in enumerate(batches):
+            visits = agrpo.visits_of(traj.rows(batch), adv[batch], horizon[batch])
+            weight = agrpo.TIMESTEPS[cfg.timesteps](visits, cfg.mc_steps, torch.Generator().manual_seed(i))
+            passes.append(float((weight > 0).sum()) / len(batch))
+            estimates.append((adv[batch, None, None] * weight[:, :, None] * each[batch]).sum((0, 1)) / len(batch))
+        return mean, torch.stack(estimates), statistics.mean(passes)
+    if cfg.method == "diffpo":                                                       # every split of every trajectory
+        parts, many = [], []
+        for k in range(T):
+            real, torch.rand = torch.rand, lambda *shape, **kw: torch.full(shape, (k + 0.5) / T, dtype=kw["dtype"])
+            try:
+                views = agrpo.diffpo_views(traj, adv, cfg, policy.mask_id, None)
+            finally:
+                torch.rand = real
+            parts.append(torch.zeros(N, policy.table.numel(), dtype=torch.float64).index_add(0, views.row, view_gradients(policy, traj, views, cfg)))
+            many.append(len(views.row) / N)
+        each, passes = torch.stack(parts, 1), statistics.mean(many)                  # (N, splits, parameters)
+    else:
+        views = agrpo.VIEWS[cfg.method](traj, adv, cfg, policy.mask_id, torch.Generator().manual_seed(0))
+        each = torch.zeros(N, policy.table.numel(), dtype=torch.float64).index_add(0, views.row, view_gradients(policy, traj, views, cfg))[:, None]
+        passes = float(prob @ torch.bincount(views.row, minlength=N).double())
+    g = torch.Generator().manual_seed(0)
+    split = torch.randint(each.shape[1], batches.shape, generator=g)
+    estimates = torch.stack([(adv[b, None] * each[b, s]).mean(0) for b, s in zip(batches, split)])
+    return prob @ (adv[:, None] * each.mean(1)), estimates, passes
+
+
+KINDS = [("full attention", "shared"), ("block-causal", "shared"), ("full attention", "free"), ("block-causal", "free")]
+
+
+def features(C: int, V: int) -> torch.Tensor:
+    """(states, 1 + C (V + 1)): a constant and each position's token. Logits linear in them share parameters between states, as a network does;
+    free ones have parameters of their own for every state."""
+    states = torch.tensor([[(k // (V + 1) ** i) % (V + 1) for i in range(C)] for k in range((V + 1) ** C)])
+    return torch.cat([torch.ones(len(states), 1), torch.nn.functional.one_hot(states, V + 1).flatten(1)], 1).double()
+
+
+def method_study():
+    """Bias and variance of each method's gradient, up to its own scale, on table denoisers."""
+    rows, base, phi = [], agrpo.Config(completion_length=4, steps=4, temperature=1.0), features(4, 2)
+    for attention, parameters in KINDS:
+        for unmasking in ("random", "low_confidence"):
+            for arm, (method, settings) in ARMS.items():
+                if method == "dipo" and attention == "full attention":
+                    continue
+                bias, noise, passes = [], [], []
+                for seed in range(10):
+                    L = 2 if attention == "block-causal" else 4
+                    policy = toy.BlockTableDenoiser(4, 2, 2, seed=seed, scale=2.0) if L == 2 else toy.TableDenoiser(4, 2, seed=seed, scale=2.0)
+                    if parameters == "shared":
+                        w = torch.randn(phi.shape[1], 4 * 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                        policy.table.data.copy_((phi @ w).view(-1, 4, 2))
+                    cfg = dataclasses.replace(base, unmasking=unmasking, block_length=L, method=method,
+                                              **{**agrpo.PUBLISHED[method], "kl": 0.0, "prompt_masking": 0.0, **settings})
+                    found = toy.enumerate_trajectories(policy, cfg)
+                    prob = torch.stack([f[2] for f in found])
+                    reward = torch.tensor([toy.reward_of(f[0], 2) for f in found], dtype=torch.float64)
+                    exact = torch.autograd.grad((prob * reward).sum(), policy.table, retain_graph=True)[0].flatten()
+                    prob = prob.detach()
+                    batches = torch.multinomial(prob, 300 * 64, replacement=True, generator=torch.Generator().manual_seed(seed)).view(300, 64)
+                    mean, estimates, cost = method_estimates(policy, cfg, found, batches, reward - prob @ reward)
+                    if parameters == "shared":                                       # chain rule: logits = phi w
+                        exact, mean, estimates = ((phi.T @ x.view(*x.shape[:-1], len(phi), -1)).flatten(-2) for x in (exact, mean, estimates))
+                    cosine = float(mean @ exact / mean.norm() / exact.norm())
+                    bias.append(math.sqrt(max(0.0, 1 - cosine ** 2)) if cosine > 0 else 1.0)         # min over c of |c mean - exact| / |exact|
+                    noise.append(float((estimates - mean).square().sum(1).mean() * 64 / mean.square().sum()))
+                    passes.append(cost)
+                rows.append({"attention": attention, "parameters": parameters, "unmasking": unmasking, "method": arm, "denoisers": 10,
+                             "bias_median": statistics.median(bias), "bias_max": max(bias), "variance_of_one": statistics.median(noise),
+                             "passes": statistics.mean(passes), "variance_times_passes": statistics.median(noise) * statistics.mean(passes)})
+    write("methods-gradient.csv", rows)
+    for parameters in ("shared", "free"):
+        print(f"\n{parameters} parameters: expected gradient against the exact one, each at its best scale (median, worst of 10 denoisers of 4 positions, "
+              "2 tokens, 4 steps), and variance of one completion x passes, relative to its own mean\n")
+        keys = [(a, u) for a in ("full attention", "block-causal") for u in ("random", "low_confidence")]
+        print("| method | passes | " + " | ".join(f"{a}, {u}: bias | variance x passes" for a, u in keys) + " |\n" + "|---" * 10 + "|")
+        for arm in ARMS:
+            mine = {(r["attention"], r["unmasking"]): r for r in rows if r["method"] == arm and r["parameters"] == parameters}
+            cells = []
+            for r in map(mine.get, keys):
+                cells += [f"{100 * r['bias_median']:.0f} % ({100 * r['bias_max']:.0f} %)" if r["bias_max"] > 1e-6 else "0",
+                          f"{r['variance_times_passes']:.0f}"] if r else ["", ""]
+            print(f"| {arm} | {mine['block-causal', 'random']['passes']:.1f} | " + " | ".join(cells) + " |")
+
+
 if __name__ == "__main__":
     clock = time.perf_counter()
-    variance_study()
-    bias_study()
-    total_error_study()
+    for study in (variance_study, bias_study, total_error_study, method_study):
+        if len(sys.argv) == 1 or study.__name__ in sys.argv[1:]:
+            study()
     print(f"\n{time.perf_counter() - clock:.0f} s")

@@ -425,58 +425,97 @@ def test_a_value_model_gives_every_token_its_own_advantage(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- the controller
-def test_the_controllers_gradient_is_autograd_of_the_exact_expectation():
-    """The threshold integrated out: between neighbouring confidences of the table all thresholds act alike, so E[R] is a sum over intervals
-    of their mass times the enumerated mean reward there."""
-    sigma, mean, L = 0.6, -0.4, 3
-    cfg = dataclasses.replace(BASE, unmasking="threshold", controller="threshold", controller_sigma=sigma, position_term="off")
-    policy = toy.TableDenoiser(3, V=2, seed=5)
+@pytest.mark.parametrize("rule, knob", [("threshold", "threshold"), ("entropy", "entropy_bound")])
+@pytest.mark.parametrize("training", ["joint", "alone"])
+def test_the_controllers_gradient_is_autograd_of_the_exact_expectation(rule, knob, training):
+    """The threshold integrated out by enumeration: between neighbouring levels of the table all thresholds act alike, so E[R] is a sum over
+    intervals of their mass times the enumerated mean reward there; its ends move with the table. Model and head are both exact, and leaving
+    the ends out is not."""
+    sigma, mean, C = 0.6, 0.5 if rule == "threshold" else -1.0, 3
+    cfg = dataclasses.replace(BASE, unmasking=agrpo.CONTROLLERS[rule], controller=rule, controller_sigma=sigma, position_term="off", temperature=1.0,
+                              controller_training=training)
+    policy = toy.TableDenoiser(C, V=2, seed=5)
+    plain = policy.table.log_softmax(-1)
+    if rule == "threshold":
+        levels = -plain.amax(-1).flatten()
+    else:                                                                                # every sum of entropies but the largest that may come up
+        h = -(plain.exp() * plain).sum(-1)
+        levels = torch.cat([(sum(h[:, i] for i in S) - torch.stack([h[:, i] for i in S]).amax(0)).log() for n in (2, 3)
+                            for S in itertools.combinations(range(C), n)])
+    levels = levels[levels.detach().argsort()]
+    levels = levels[torch.tensor([True, *(levels.diff().detach() > 1e-12)])]
+    middles = [float(levels[0].detach()) - 1, *((levels[1:] + levels[:-1]) / 2).tolist(), float(levels[-1].detach()) + 1]
+
+    def enumerated(x):
+        return toy.enumerate_trajectories(policy, dataclasses.replace(cfg, **{knob: math.exp(-x if rule == "threshold" else x)}))
+    reward = lambda f: toy.reward_of(f[0], 2) * (1 - len(f[4]) / (C + 1)) ** 0.5        # noqa: E731
+    key = lambda f: tuple(map(tuple, (f[0], f[1])))                                      # noqa: E731
     with torch.no_grad():
         policy.mean.fill_(mean)
-    levels = policy.table.detach().log_softmax(-1).amax(-1).unique().tolist()
-    edges = [-math.inf, *levels, math.inf]
-
-    def value(x):                                                                        # mean reward at log threshold x
-        found = toy.enumerate_trajectories(policy, dataclasses.replace(cfg, threshold=math.exp(x)))
-        return sum(float(f[2].detach()) * toy.reward_of(f[0], 2) * (1 - len(f[4]) / L) ** 0.5 for f in found)
-    middles = [edges[1] - 1, *[(a + b) / 2 for a, b in zip(levels, levels[1:])], levels[-1] + 1]
-    values = [value(x) for x in middles]
-    assert len({round(v, 9) for v in values}) >= 3
     normal = torch.distributions.Normal(policy.mean, sigma)
-    cut = [torch.zeros((), dtype=torch.float64), *[normal.cdf(torch.tensor(x, dtype=torch.float64)) for x in levels], torch.ones((), dtype=torch.float64)]
-    want, = torch.autograd.grad(sum((b - a) * v for a, b, v in zip(cut, cut[1:], values)), policy.mean)
-    nodes, weights = map(torch.tensor, __import__("numpy").polynomial.legendre.leggauss(60))
-    x, w, r = [], [], []
-    for a, b, v in zip(edges, edges[1:], values):
-        a, b = max(a, mean - 9 * sigma), min(b, mean + 9 * sigma)
-        x.append((a + b) / 2 + (b - a) / 2 * nodes)
-        w.append((b - a) / 2 * weights)
-        r.append(torch.full((60,), v, dtype=torch.float64))
-    x, w, r = torch.cat(x), torch.cat(w), torch.cat(r)
-    logp = agrpo.bound_logp(x, torch.tensor(mean, dtype=torch.float64), sigma)
-    assert abs(float((w * logp.exp()).sum()) - 1) < 1e-9
-    traj = toy.as_trajectory(policy, cfg, toy.enumerate_trajectories(policy, cfg)[:1] * len(x))
-    traj.log_bound, traj.bound_logp = x, logp
-    loss, ratio = agrpo.controller_loss(policy, traj, torch.arange(len(x)), r * w * logp.exp(), cfg)
-    got, = torch.autograd.grad(-loss * len(x) * cfg.steps, policy.mean)
-    assert (ratio - 1).abs().max() < 1e-12 and abs(float(got - want)) < 1e-8 * abs(float(want)), (got, want)
+    cut = [torch.zeros((), dtype=torch.float64), *map(normal.cdf, levels), torch.ones((), dtype=torch.float64)]
+    total, still, found, ends, sampled = 0.0, 0.0, {}, {}, {}
+    for k, x in enumerate(middles):
+        mass, here = cut[k + 1] - cut[k], enumerated(x)
+        J = sum(f[2] * reward(f) for f in here)
+        total, still = total + mass * J, still + mass.detach() * J
+        for f in here:
+            prob = float((mass * f[2]).detach()) + (found[key(f)][1] if key(f) in found else 0.0)
+            found[key(f)] = (f, prob)
+            ends.setdefault(key(f), []).append(k)
+        with torch.no_grad():
+            policy.mean.fill_(x)
+        prompt = torch.zeros(400, 1, dtype=torch.long)
+        traj = agrpo.rollout(policy, prompt, prompt + 1, dataclasses.replace(cfg, controller_sigma=1e-12), [(k, i) for i in range(400)])
+        for i in range(400):
+            sampled.setdefault(tuple(tuple(v[i].tolist()) for v in (traj.tokens, traj.reveal_step)), traj.rows(slice(i, i + 1)))
+    with torch.no_grad():
+        policy.mean.fill_(mean)
+    assert set(sampled) == set(found) and abs(sum(p for _, p in found.values()) - 1) < 1e-9 and len({round(reward(f), 9) for f, _ in found.values()}) > 5
+    traj = agrpo.Trajectory.join([sampled[k] for k in found])
+    bounds = [-math.inf, *levels.tolist(), math.inf]
+    for row, k in zip(traj.edges.tolist(), found):                                       # the edges are those within which the trajectory comes up
+        assert all(abs(a - b) < 1e-9 or a == b for a, b in zip(row, (bounds[min(ends[k])], bounds[max(ends[k]) + 1])))
+    traj.ease_mean = torch.full((len(found),), mean, dtype=torch.float64)
+    adv = torch.tensor([reward(f) * p for f, p in found.values()], dtype=torch.float64)
+    loss, ratio = agrpo.controller_loss(policy, traj, torch.arange(len(adv)), adv, cfg)
+    tokens, _ = agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, adv, cfg, policy.mask_id, None), adv, cfg)
+    got = torch.autograd.grad(-(loss + tokens) * len(adv) * cfg.steps, (policy.table, policy.mean))
+    want = torch.autograd.grad(total, (policy.table, policy.mean), retain_graph=True)
+    assert (ratio - 1).abs().max() < 1e-9
+    assert abs(float(got[1] - want[1])) < 1e-9 * abs(float(want[1]))
+    off = float((got[0] - want[0]).norm() / want[0].norm())
+    if training == "joint":
+        assert off < 1e-9
+        without, = torch.autograd.grad(still, policy.table)
+        assert float((without - want[0]).norm() / want[0].norm()) > 0.1
+
+
+def test_the_law_of_the_ease_stays_finite_far_out():
+    edges = torch.tensor([[30.0, 31.0], [-31.0, -30.0], [60.0, math.inf], [-math.inf, math.inf], [5.0, 5.0]], dtype=torch.float64)
+    mean = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    logp = agrpo.ease_logp(edges, mean, 1.0)
+    logp.sum().backward()
+    assert logp.isfinite().all() and mean.grad.isfinite().all() and logp[3] == 0
+    assert abs(float(logp[0] - logp[1])) < 1e-9 and float(logp[0].detach()) < -400
 
 
 def test_thresholds_are_drawn_from_the_controllers_law_and_act_row_by_row():
     policy = toy.TableDenoiser(3, V=2, seed=5)
     cfg = dataclasses.replace(BASE, unmasking="threshold", controller="threshold", controller_sigma=0.6)
     with torch.no_grad():
-        policy.mean.fill_(-0.4)
+        policy.mean.fill_(0.4)
     N = 4000
     prompt = torch.zeros(N, 1, dtype=torch.long)
     traj = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(N)])
-    z = (traj.log_bound + 0.4) / 0.6
+    z = (traj.ease - 0.4) / 0.6
     assert abs(float(z.mean())) < 4 / math.sqrt(N) and abs(float(z.var()) - 1) < 4 * math.sqrt(2 / N)
-    for i in (0, 1, 2, 3):                                                               # as with that threshold set by hand
-        alone = agrpo.rollout(policy, prompt[:1], prompt[:1] + 1, dataclasses.replace(cfg, controller="off", threshold=math.exp(float(traj.log_bound[i]))), [(i,)])
+    assert (traj.edges[:, 0] <= traj.ease).all() and (traj.ease <= traj.edges[:, 1]).all() and len(traj.nfe.unique()) > 1
+    for i in range(20):                                                                  # as with that threshold set by hand
+        alone = agrpo.rollout(policy, prompt[:1], prompt[:1] + 1, dataclasses.replace(cfg, controller="off", threshold=math.exp(-float(traj.ease[i]))), [(i,)])
         assert torch.equal(alone.tokens[0], traj.tokens[i]) and torch.equal(alone.reveal_step[0], traj.reveal_step[i])
     greedy = agrpo.rollout(policy, prompt[:3], prompt[:3] + 1, dataclasses.replace(cfg, temperature=0.0), [(i,) for i in range(3)])
-    assert (greedy.log_bound == -0.4).all()
+    assert torch.allclose(greedy.ease, torch.tensor(0.4).double())
 
 
 # ---------------------------------------------------------------------------------------------------------- block-causal models

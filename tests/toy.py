@@ -32,10 +32,10 @@ class TableDenoiser:
         """state (C,) tuple -> logits (C, V)"""
         return self.table[sum(s * (self.V + 1) ** i for i, s in enumerate(state))]
 
-    def logits(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_bound=False):
+    def logits(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_ease=False):
         z = self.all_logits(state)
         z = torch.cat([z, torch.full((len(state), self.C, 1), -math.inf, dtype=torch.float64)], -1)[where]
-        return (z, self.mean.expand(len(state))) if with_bound else z
+        return (z, self.mean.expand(len(state)).clone()) if with_ease else z
 
     def all_logits(self, state):
         return self.table[(state * (self.V + 1) ** torch.arange(self.C)).sum(1)]
@@ -52,7 +52,7 @@ class BlockTableDenoiser(TableDenoiser):
         seen = [tuple(s if j // self.size <= i // self.size else self.mask_id for j, s in enumerate(state)) for i in range(self.C)]
         return torch.stack([super(BlockTableDenoiser, self).of(s)[i] for i, s in enumerate(seen)])
 
-    def logits(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_bound=False):
+    def logits(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_ease=False):
         block, parts = torch.arange(self.C) // self.size, []
         for b in range(self.C // self.size):                                             # this block noisy, those before it final, none after it
             seen = torch.where(block < b, state if clean is None else clean, torch.where(block == b, state, self.mask_id))
