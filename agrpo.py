@@ -121,7 +121,7 @@ class Config:
     controller_training: str = "joint"     # with the model, or alone: the model stays as it is
     controller_sigma: float = 0.5      # deviation of the threshold's logarithm, drawn in training
     controller_lr: float = 0.02        # of its head
-    alpha: float = 0.5                 # its reward: solved x (1 - NFE / length)^alpha
+    alpha: float = 0.5                 # then each part of the reward counts (1 - NFE / length)^alpha times
     reward_weights: str = ""           # of the reward's parts, such as correct=3,format=0.5; default: the published sums
     overlong_penalty: float = 0.0      # taken from the reward of a completion that fills its whole length ...
     overlong_from: float = 0.8         # ... rising from 0 at this share of it
@@ -158,10 +158,6 @@ class Config:
 TASK_SHAPES = {                        # what a task needs otherwise; flags win over it
     "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3", "max_steps": 150, "lr": 1e-3,
                   "base_batch": 48},
-}
-TINY_BLOCK = {                         # the same for --model tiny-block: a block more, as the first is what the prompt left of one
-    "sudoku": {"completion_length": 20, "block_length": 4, "steps": 10, "eval_steps": "20,10,5"},
-    "countdown": {"completion_length": 16, "block_length": 4, "steps": 8, "eval_steps": "16,8,4"},
 }
 
 TINY = ("tiny", "tiny-block")          # models made here
@@ -1150,7 +1146,7 @@ def sample(policy, tokenizer, batch: list, keys: list, cfg: Config) -> tuple[Tra
     parts = once(lambda: [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)])
     solved = once(lambda: [grade(cfg.task, text, ex) == 1 for text, ex in zip(texts, batch)])
     if cfg.controller != "off":                                                      # DiFFPO: right, and in few denoiser calls
-        parts = [{"correct": right * (1 - n / cfg.completion_length)**cfg.alpha} for right, n in zip(solved, traj.nfe.tolist())]
+        parts = [{k: v * (1 - n / cfg.completion_length)**cfg.alpha for k, v in p.items()} for p, n in zip(parts, traj.nfe.tolist())]
     if cfg.overlong_penalty:
         parts = [{**p, "overlong": -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)}
                  for p, n in zip(parts, traj.length.tolist())]
@@ -1431,18 +1427,34 @@ MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "micro_batch
 GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
 
 
+def find_adapter(model: str) -> Path | None:
+    """The directory of the adapter that a local model is, None for a whole checkpoint."""
+    folder = run_folder.in_run(Path(model))
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def made_here(model: str) -> str:
+    """Which of TINY a model is, or was trained from; "" for others."""
+    if model in TINY or not Path(model).is_dir():
+        return model if model in TINY else ""
+    adapter = find_adapter(model)
+    folder = run_folder.in_run(Path(base_of(adapter) if adapter else model))
+    known = run_folder.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return ("tiny-block" if known.get("block_size") else "tiny") if known.get("model_type") == "llama" else ""
+
+
 def config_for(task: str, model: str = "", preset: str = "", method: str = "agrpo", sft: str = "") -> Config:
     """The settings before flags: of the tiny models by task; of every other checkpoint the recipe, and what the GPU's memory allows."""
     model = model or ("tiny" if TASKS[task].lazy else LLADA)
-    if model in TINY:
-        shape = {**TASK_SHAPES.get(task, {}), **(TINY_BLOCK.get(task, {}) if model == "tiny-block" else {})}
+    if kind := made_here(model):
+        shape = {**TASK_SHAPES.get(task, {}), "lora_rank": RECIPE["lora_rank"] * (model not in TINY and find_adapter(model) is not None)}
         sized, small = preset, {"shrink": min(TINY_SHRINK, PUBLISHED[method].get("shrink", 1))}
     else:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
         sized, small = preset if preset.endswith("gb") else "24gb" if memory < 60 else "80gb", {}
         shape = {**PRESETS[preset], **RECIPE}
     return Config(**{"task": task, "model": model, "preset": preset, "method": method, **shape, **PUBLISHED[method], **small, **PRESETS[sized],
-                     **((SFT if model in TINY else SFT_RECIPE) if sft else {})})
+                     **((SFT if kind else SFT_RECIPE) if sft else {})})
 
 
 def with_prompt(cfg: Config) -> Config:
@@ -1480,9 +1492,14 @@ def with_model(cfg: Config, given: dict) -> Config:
         return cfg
     if other := {given.get("block_length", block), given.get("eval_block_length", block)} - {block, 0}:
         raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of {block}; leave it out")
-    shape = {"block_length": block, "eval_block_length": 0 if cfg.model in TINY else block, "shrink": 1}
-    if cfg.model not in TINY:
-        shape |= {"steps": cfg.completion_length, "eval_steps": str(cfg.eval_length or cfg.completion_length)}
+    shape = {"block_length": block, "eval_block_length": block, "shrink": 1, "steps": cfg.completion_length,
+             "eval_steps": str(cfg.eval_length or cfg.completion_length)}
+    if made_here(cfg.model) and "completion_length" not in given:                    # a block more: the first is what the prompt left of one
+        C = (-(-cfg.completion_length // block) + 1) * block
+        halves = [C >> k for k in range(3) if block % 2**k == 0]
+        shape |= {"completion_length": C, "steps": halves[:2][-1], "eval_steps": ",".join(map(str, halves))}
+        if cfg.controller != "off":
+            shape |= {"steps": C, "eval_steps": str(C)}
     return dataclasses.replace(cfg, **{k: v for k, v in shape.items() if k not in given})
 
 

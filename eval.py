@@ -1095,13 +1095,13 @@ def settings_of(args) -> tuple:
     given |= {"task": task, "model": str(path), "controller": given.get("controller") or str(known.get("controller", "off"))}
     if given["controller"] not in ("off", known.get("controller")):
         raise BadInput(f"--controller {given['controller']}: {path} has " + ("none" if known.get("controller", "off") == "off" else known["controller"]))
-    cfg = agrpo.config_for(task, str(path))
+    cfg, shape = agrpo.config_for(task, str(path)), {}
     if known.get("task") == task:                                                    # the shape it was evaluated with in training
         known = {"completion_length": known.get("eval_length") or known.get("completion_length"),
                  "block_length": known.get("eval_block_length") or known.get("block_length"), "eval_steps": known.get("eval_steps")}
         if [type(x) for x in known.values()] == [int, int, str]:
-            cfg = dataclasses.replace(cfg, eval_length=0, eval_block_length=0, **known)
-    cfg = agrpo.with_model(dataclasses.replace(cfg, **given, rollout_batch=args.batch), given)
+            cfg, shape = dataclasses.replace(cfg, eval_length=0, eval_block_length=0, **known), known
+    cfg = agrpo.with_model(dataclasses.replace(cfg, **given, rollout_batch=args.batch), {**shape, **given})
     cfg = dataclasses.replace(agrpo.evaluation_config(cfg), **given, eval_length=0, eval_block_length=0)
     if not 0 < args.samples < 10**6 or not 0 <= args.limit <= 10**5 or args.batch < 1:
         raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000")

@@ -640,7 +640,7 @@ def test_the_published_settings_of_a_method_come_with_its_name_and_flags_win():
 
 
 def test_a_controller_is_saved_with_the_model_and_used_by_eval(here, capsys, monkeypatch):
-    monkeypatch.setattr(agrpo, "grade", lambda task, text, ex: float(sum(map(ord, text)) % 3 == 0))          # an untrained model solves nothing
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)})
     assert go("--name", "c", "--controller", "entropy", "--max-steps", "3", "--controller-lr", "0.5", "--entropy-bound", "12") == 0
     table = capsys.readouterr().out
     assert json.loads((Path("runs/c/model/agrpo.json")).read_text())["controller"] == "entropy"
@@ -663,9 +663,11 @@ def test_sft_then_rl_in_two_commands(here, capsys):
     assert go("--sft", "pairs.jsonl", "--name", "s") == 0
     assert "1 of 3 answers have more than 16 tokens" in capsys.readouterr().out
     assert {"loss", "grad_norm"} <= rows_of("s")[0].keys() and float(rows_of("s")[0]["loss"]) > 0
-    assert go("--model", "runs/s", "--device", "cpu", "--completion-length", "16", "--block-length", "16", "--steps", "8", "--eval-steps", "8", "--lora-rank",
-              "0", "--top-k", "0", "--top-p", "1", "--mc-steps", "1", "--name", "r") == 0
-    assert Path("runs/r/model/config.json").is_file()
+    assert go("--model", "runs/s", "--name", "r") == 0                                   # the sizes are those of the model it began with
+    assert Path("runs/r/model/config.json").is_file() and json.loads(Path("runs/r/config.json").read_text())["prompt"] == "bare"
+    assert dataclasses.replace(agrpo.config_for("countdown", "runs/r"), model="tiny") == agrpo.config_for("countdown", "tiny")
+    assert go("--model", "runs/r", "--lora-rank", "4", "--name", "a") == 0 and go("--model", "runs/a", "--name", "b") == 0
+    assert Path("runs/b/model/adapter_config.json").is_file()
 
 
 def test_sft_learns_the_answers(here):
@@ -686,9 +688,9 @@ def test_training_with_larger_blocks_then_rolling_out_with_them(here, capsys):
     base = ["--model", "tiny-block", "--method", "tracerl"]
     assert go(*base, "--update-block", "8", "--name", "wide") == 0
     assert float(rows_of("wide")[0]["ratio"]) == 1.0
-    assert go("--model", "runs/wide", "--model-block", "8", "--device", "cpu", "--completion-length", "24", "--steps", "24", "--eval-steps", "24", "--lora-rank", "0",
-              "--top-k", "0", "--top-p", "1", "--method", "dipo", "--name", "larger") == 0
-    assert agrpo.parse(["--model", "runs/wide", "--device", "cpu"])[0].block_length == 4
+    assert go("--model", "runs/wide", "--model-block", "8", "--completion-length", "24", "--steps", "24", "--eval-steps", "24", "--method", "dipo", "--name",
+              "larger") == 0
+    assert agrpo.parse(["--model", "runs/wide"])[0].block_length == 4 and agrpo.parse(["--model", "runs/larger", "--model-block", "8"])[0].block_length == 8
 
 
 BAD = [(["--method", "dipo"], "block-causal"), (["--update-block", "8"], "block-causal"), (["--method", "ppo"], "agrpo, exact, diffu-grpo"),
