@@ -7,10 +7,15 @@ The algorithm in five lines:
     4. Rebuild the state x_t each drawn step saw; score what it revealed again; clipped ratio times advantage (Eq. 3, 4).
     5. Weight each by 1/(Z x how often it is drawn on average), accumulate all gradients, then take one optimizer step.
 
+How to read it: part one, the first half, is AGRPO from settings to the loop, complete. Part two adds the other published methods as rows of the
+same tables: diffu-GRPO, DiFFPO, TraceRL, DiPO. Part three is loading, fine-tuning and the command line.
+
 Commands:
     python agrpo.py                          a laptop, minutes: trains a tiny diffusion model, then improves it by AGRPO;
                                              ends with a table of solved Sudokus before and after, and runs/.../curve.png
     python agrpo.py --task countdown         the same for arithmetic; --help lists every knob of Config below
+    python agrpo.py --method diffpo          another method: exact, diffu-grpo, diffpo, tracerl; with --model tiny-block also dipo
+    python agrpo.py --sft gold               supervised fine-tuning, then --model runs/sudoku-sft-seed0 for RL on top
     python agrpo.py --task gsm8k             one GPU, 24 GB or more: LoRA on LLaDA-8B-Instruct by the published recipe
     accelerate launch agrpo.py --task gsm8k  several GPUs share every step
 
@@ -256,68 +261,6 @@ class Policy(torch.nn.Module):
         while self.sharded and anyone(False):
             with torch.no_grad():
                 self(one, torch.ones_like(one), one, one.bool())
-
-
-def block_rule(block: Tensor, real: Tensor, noisy: Tensor) -> Callable:
-    """Block-causal attention from indices alone: (row, head, query, key) -> bool. block, real (N, S), noisy (S,). A block sees itself and,
-    in their final text, those before it: noisy sees noisy of its own block and clean of earlier ones, clean sees clean up to its own
-    block, never noisy (DiRL, arXiv 2512.22234). A padded query sees itself: no NaN."""
-    def sees(n, head, q, k):
-        same, before = block[n, q] == block[n, k], block[n, q] > block[n, k]
-        allowed = torch.where(noisy[k], noisy[q] & same, before | (same & ~noisy[q]))
-        return (q == k) | (allowed & real[n, q] & real[n, k])
-    return sees
-
-
-def block_mask(rule: Callable, N: int, S: int, device, flex: bool):
-    """The rule as FlexAttention's block mask, never a dense (S, S) tensor, or as a dense one (N, 1, S, S)."""
-    if flex:
-        from torch.nn.attention.flex_attention import create_block_mask
-        return create_block_mask(rule, N, None, S, S, device=device)
-    n, s = torch.arange(N, device=device), torch.arange(S, device=device)
-    return rule(n[:, None, None], 0, s[:, None], s)[:, None]
-
-
-class BlockCache:
-    """Keys and values of N rows of a block-causal model, exact: what a finished block holds does not depend on later ones. Rows may stand
-    at different blocks. Each call computes the block being denoised and the one before it, which has just become final: so no
-    call of its own is needed to put that one into the cache."""
-
-    def __init__(self, N: int):
-        self.kept, self.rows, self.columns, self.N = {}, slice(None), None, N        # layer -> keys, values (N, heads, S + 1, size)
-
-    def update(self, key, value, layer, *_):
-        """What a layer calls: stores its keys and values (n, heads, w, size) of `columns` (n, w), returns those of all columns."""
-        if layer not in self.kept:
-            self.kept[layer] = [x.new_zeros(self.N, x.shape[1], self.width, x.shape[3]) for x in (key, value)]
-        for kept, new in zip(self.kept[layer], (key, value)):
-            kept[self.rows[:, None], :, self.columns] = new.transpose(1, 2)
-        return [kept[self.rows] for kept in self.kept[layer]]
-
-    def get_seq_length(self, *_):
-        return 0                                                                     # positions are given
-
-    def read(self, policy, ids, real, positions) -> Tensor:
-        """The hidden states (n, S, width) of the block being denoised and the one before it; zero elsewhere. ids, real, positions (n, S)."""
-        (n, S), device = ids.shape, ids.device
-        self.width, pad = S + 1, S - real.sum(1, keepdim=True)                       # column S takes what does not exist
-        ids, real, block = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, real, positions // policy.block))
-        every = torch.arange(S + 1, device=device)
-
-        def compute(columns):                                                        # (n, w) -> (n, w, width)
-            self.columns = columns
-            own, there = block.gather(1, columns)[:, :, None], real.gather(1, columns)[:, :, None]
-            sees = (own >= block[:, None]) & there & real[:, None] | (columns[:, :, None] == every)
-            return policy.decode(ids.gather(1, columns), sees[:, None], (columns - pad).clamp(min=0), self)
-
-        masked = (ids == policy.mask_id) & real
-        if not self.kept:                                                            # the prompt first
-            compute(every[:int(masked.int().argmax(1).min())].expand(n, -1))
-        current = block.masked_fill(~masked, S).amin(1, keepdim=True)                # (n, 1)
-        columns = pad + (current - 1) * policy.block + torch.arange(2 * policy.block, device=device)
-        columns = columns.masked_fill((columns < pad) | (columns >= S), S)
-        hidden = compute(columns)
-        return hidden.new_zeros(n, S + 1, hidden.shape[2]).scatter(1, columns[:, :, None].expand_as(hidden), hidden)[:, :S]
 
 
 def generator(*key) -> torch.Generator:
@@ -722,6 +665,7 @@ ADVANTAGES = {
     "none": lambda r: r,                                                             # for a value model, which is a baseline itself
 }
 
+
 class Normalizer(NamedTuple):
     """What the sum of Eq. 4 is divided by."""
     horizon: Callable                  # traj -> (N,), the steps that count
@@ -793,53 +737,7 @@ def exact_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: tor
     return views_where(steps_below_horizon(traj, cfg).double(), traj, cfg, mask_id)
 
 
-def diffu_grpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
-    """diffu-GRPO (d1, arXiv 2504.12216): all tokens at once from a completion that is all MASK, one forward; the prompt's tokens are
-    masked at random, anew for every update, which is to make the one-step likelihood less of the same."""
-    row = torch.arange(len(traj.tokens), device=traj.tokens.device)
-    hide = (torch.rand(traj.prompt.shape, generator=g) < cfg.prompt_masking).to(row.device) & traj.prompt_mask.bool()
-    return make_views(traj, row, torch.zeros_like(row), torch.full_like(traj.tokens, mask_id), traj.counted, 1.0, cfg,
-                      prompt=traj.prompt.masked_fill(hide, mask_id), scored=True)
-
-
-def diffpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
-    """DiFFPO (arXiv 2510.02212), the two-state mean field: what came before a random step s is scored on the completion all MASK, the
-    rest on x_s. The surrogate is no likelihood of the sampler's: `is_cap` weights each token by the truncated ratio of the two (Eq. 7)."""
-    row = torch.arange(len(traj.tokens), device=traj.tokens.device)
-    split = (torch.rand(len(row), generator=g, dtype=torch.float64).to(row.device) * traj.nfe).long()
-    late, (state, _) = traj.reveal_step >= split[:, None], state_at(traj, row, split, mask_id)
-    return make_views(traj, row.repeat(2), torch.cat([torch.zeros_like(split), split]), torch.cat([torch.full_like(state, mask_id), state]),
-                      torch.cat([traj.counted & ~late, traj.counted & late]), 1.0, cfg, scored=True)
-
-
-def tracerl_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
-    """TraceRL (arXiv 2509.06949): every step, `shrink` neighbours merged: all that they revealed is scored on the state of the first."""
-    every = torch.arange(cfg.steps)
-    row, step = (steps_below_horizon(traj, cfg) & (every % cfg.shrink == 0)).nonzero(as_tuple=True)
-    row, step = row.to(traj.tokens.device), step.to(traj.tokens.device)
-    state, first = state_at(traj, row, step, mask_id)
-    u = traj.reveal_step[row]
-    merged = (u >= step[:, None]) & (u < step[:, None] + cfg.shrink) & (u < cfg.steps)
-    return make_views(traj, row, step, state, merged, 1.0, cfg, scored=cfg.shrink > 1 or cfg.update_block > 0)
-
-
-def dipo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
-    """DiPO (DiRL, arXiv 2512.22234), for block-causal models: every step of every block, the j-th steps of all blocks in one pass, each read
-    behind the final text of the blocks before it: as many passes as the slowest block took steps. Blocks count from the prompt's first
-    token; counted from the completion's, the replay would not be what the sampler saw."""
-    size, u = cfg.update_block or cfg.block_length, traj.reveal_step
-    N, C = u.shape
-    block = (torch.arange(C, device=u.device) + traj.prompt_mask.sum(1, keepdim=True) % size) // size                # (N, C)
-    same = block[:, :, None] == block[:, None, :]                                                                  # (N, C, C)
-    local = u - torch.where(same, u[:, None, :], cfg.steps).amin(2)                  # (N, C) the how-manieth step of its block
-    local = local.masked_fill(u >= cfg.steps, -1)                                    # filled in after the end: no step of ours
-    row, step = (torch.arange(cfg.steps, device=u.device) <= local.amax(1, keepdim=True)).nonzero(as_tuple=True)
-    state = traj.tokens[row].masked_fill(local[row] >= step[:, None], mask_id)
-    return make_views(traj, row, step, state, local[row] == step[:, None], 1.0, cfg, packed=True, scored=cfg.update_block > 0)
-
-
-VIEWS = {"agrpo": agrpo_views, "exact": exact_views, "diffu-grpo": diffu_grpo_views, "diffpo": diffpo_views, "tracerl": tracerl_views,
-         "dipo": dipo_views}
+VIEWS = {"agrpo": agrpo_views, "exact": exact_views}                                 # further rows: part two
 
 
 def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float, clip_high: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -881,187 +779,6 @@ def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config
 def pieces(index: Tensor, size: int) -> list:
     """Parts of at most so many; none of nothing."""
     return [part for part in index.split(size) if len(part)]
-
-
-@torch.no_grad()
-def score_old(policy, traj: Trajectory, views: Views, cfg: Config) -> Views:
-    """The views with their log-probs under the present parameters."""
-    logp_old = torch.zeros(views.target.shape, dtype=torch.float64, device=views.target.device)
-    for part in pieces(torch.arange(len(views.row), device=logp_old.device), cfg.micro_batch):
-        logp_old[part] = logp_old[part].masked_scatter(views.target[part], step_logp(policy, traj, views.select(part), cfg)[0].double())
-    return views._replace(logp_old=logp_old)
-
-
-@torch.no_grad()
-def reference_logp(policy, traj: Trajectory, views: Views, cfg: Config) -> Tensor:
-    """(targets,) under the model to begin with: the adapters off, or, without adapters, a copy that `keep_reference` made."""
-    if policy.base_model is None:
-        with policy.model.disable_adapter():
-            return step_logp(policy, traj, views, cfg)[0]
-    policy.model, trained = policy.base_model[0], policy.model
-    try:
-        return step_logp(policy, traj, views, cfg)[0]
-    finally:
-        policy.model = trained
-
-
-def keep_reference(policy):
-    """Before training: a frozen copy of all weights, unless adapters can be switched off."""
-    if not hasattr(policy.model, "disable_adapter"):
-        policy.base_model = [copy.deepcopy(policy.model).requires_grad_(False)]      # in a list: no module of the policy's, not saved
-
-
-# ----------------------------------------------------------------------------- per-token baselines, and a controller of the sampler
-class ValueModel(Policy):
-    """TraceRL's diffusion value model: what reward a masked position expects, read before it is revealed. A backbone of its own, or, beside
-    adapters, a second set of adapters on the same one; its head is zero at first. `logits` gives values (n, 1)."""
-
-    def __init__(self, policy: Policy, cfg: Config):
-        super().__init__(policy.model, policy.mask_id, policy.eos_id, policy.turn_id, policy.shift, policy.block)
-        self.flex, parameter = policy.flex, next(policy.model.parameters())
-        self.trained = [p for p in policy.model.parameters() if p.requires_grad]
-        if cfg.lora_rank:
-            add_adapter(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed + 1, "value")
-        else:
-            self.model = copy.deepcopy(policy.model)
-            self.model.get_output_embeddings().requires_grad_(False)
-        self.head = torch.nn.Linear(self.model.get_output_embeddings().weight.shape[1], 1, device=parameter.device)
-        torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
-        with self.on():
-            own = [p for p in self.model.parameters() if p.requires_grad and not any(p is q for q in self.trained)]
-        self.own = [*self.head.parameters(), *own]
-        self.switch("default")
-
-    def switch(self, name: str):
-        if hasattr(self.model, "peft_config"):
-            self.model.set_adapter(name)
-            for p in self.trained + getattr(self, "own", []):                        # switching freezes those not in use
-                p.requires_grad_(True)
-
-    @contextlib.contextmanager
-    def on(self):
-        """The adapters in use are the value model's, forward and backward."""
-        self.switch("value")
-        try:
-            yield
-        finally:
-            self.switch("default")
-
-    def forward(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_ease=False):
-        at = self.hidden(prompt, prompt_mask, state, clean)[:, 1 - self.shift:][:, :state.shape[1]][where]
-        return torch.nn.functional.linear(at.to(torch.promote_types(at.dtype, torch.float32)), self.head.weight, self.head.bias)
-
-    def values(self, traj: Trajectory, views: Views) -> Tensor:
-        """(targets,) in row-major order."""
-        row, clean = views.row, traj.tokens[views.row] if views.packed else None
-        return self.logits(traj.prompt[row], traj.prompt_mask[row], views.state, views.target, clean=clean).squeeze(1)
-
-    @torch.no_grad()
-    def of(self, traj: Trajectory, views: Views, micro_batch: int) -> Tensor:
-        """(N, C), zero where no view has a target."""
-        value = torch.zeros(traj.tokens.shape, dtype=torch.float64, device=traj.tokens.device)
-        with self.on():
-            for part in map(views.select, pieces(torch.arange(len(views.row), device=value.device), micro_batch)):
-                n, position = part.target.nonzero(as_tuple=True)
-                value[part.row[n], position] = self.values(traj, part).double()
-        return value
-
-    def loss(self, traj: Trajectory, views: Views, value_old: Tensor, returns: Tensor, clip: float) -> Tensor:
-        """1/2 max((V - R)^2, (V_clip - R)^2), weighted as the policy's loss."""
-        value, old, target = self.values(traj, views), value_old[views.row][views.target], returns[views.row][views.target]
-        clipped = old + (value - old).clamp(-clip, clip)
-        loss = 0.5 * torch.maximum((value - target)**2, (clipped - target)**2)
-        return (loss * views.weight[views.target.nonzero(as_tuple=True)[0]]).sum() / len(traj.tokens)
-
-
-def gae(reward: Tensor, value: Tensor, step: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (N, C) of TraceRL: reward (N,) falls on the tokens of the last step; value (N, C); step (N, C), -1 for tokens
-    that do not count. With means over the tokens of the next step marked *:
-    R_j = r_j + gamma R*,  A_j = r_j - V_j + gamma V* + gamma lam A*."""
-    adv, returns, last = torch.zeros_like(value), torch.zeros_like(value), step.amax(1)
-    next_ = torch.zeros(3, len(value), dtype=value.dtype, device=value.device)       # R*, V*, A* of the step after
-    for t in range(int(last.max()), -1, -1):
-        here = step == t
-        r = (reward * (last == t))[:, None]
-        R, A = r + gamma * next_[0][:, None], r - value + gamma * next_[1][:, None] + gamma * lam * next_[2][:, None]
-        returns, adv = torch.where(here, R, returns), torch.where(here, A, adv)
-        mean = torch.stack([(x * here).sum(1) for x in (returns, value, adv)]) / here.sum(1).clamp(min=1)
-        next_ = torch.where(here.any(1), mean, next_)
-    return adv, returns
-
-
-# DiFFPO's controller: the sampler's threshold is drawn per completion, ease x ~ Normal(mu, sigma), mu = Linear(hidden state of the prompt's
-# last token); the head is not published, this one begins at the configured threshold. Given x the choice of positions is not random, but over
-# x it is, and its law depends on the model's confidences: x counted as one more action leaves that out, and the model's gradient is off by 18
-# to 62 % on tables. So x is integrated out: at every step the same positions are revealed for all x between two edges, and
-#   (9)  log pi_pos(traj) = log [ Phi((high - mu) / sigma) - Phi((low - mu) / sigma) ],
-# the edges being levels of one step each. Its gradient trains head and model exactly (at the first update; later ones keep these two steps).
-CONTROLLERS = {"off": "", "threshold": "threshold", "entropy": "entropy_bound"}      # --controller -> the sampler that it sets
-
-
-def add_controller(policy, cfg: Config, saved: dict | None = None):
-    head = policy.model.get_output_embeddings().weight
-    policy.controller = torch.nn.Linear(head.shape[1], 1, device=head.device)
-    torch.nn.init.zeros_(policy.controller.weight)
-    torch.nn.init.constant_(policy.controller.bias, UNMASK[CONTROLLERS[cfg.controller]].ease(cfg))
-    if saved:
-        policy.controller.load_state_dict(saved)
-
-
-def draw_ease(traj: Trajectory, mean: Tensor, keys: list, cfg: Config):
-    """Sets a trajectory's ease from mean (N,): drawn, or at temperature 0 the mean itself."""
-    noise = torch.stack([torch.randn((), generator=generator("ease", *key), dtype=torch.float64) for key in keys]).to(mean.device)
-    traj.ease, traj.ease_mean = mean + cfg.controller_sigma * noise * (cfg.temperature > 0), mean
-    traj.edges = torch.tensor([-math.inf, math.inf], dtype=torch.float64, device=mean.device).repeat(len(mean), 1)
-    traj.edge_steps = torch.full((len(mean), 2), cfg.steps, device=mean.device)
-
-
-def edges_of_step(score: Tensor, open_: Tensor, rank: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
-    """The eases (N,) from which on a step reveals as many as it did, -inf if it had to, and from which on more, inf if there are no more."""
-    level, many = UNMASK[cfg.unmasking].level(in_order(score, open_)[0]), (rank >= 0).sum(1, keepdim=True)           # (N, C), (N, 1)
-    low = level.gather(1, many - 1).masked_fill(many <= cfg.completion_length // cfg.steps, -math.inf)
-    high = level.gather(1, many.clamp(max=level.shape[1] - 1)).masked_fill(many >= open_.sum(1, keepdim=True), math.inf)
-    return low.squeeze(1), high.squeeze(1)
-
-
-def narrow_edges(traj: Trajectory, rows: Tensor, t: int, low: Tensor, high: Tensor):
-    """Takes a step's edges into the trajectory's, in place."""
-    for side, edge, nearer in ((0, low.double(), torch.gt), (1, high.double(), torch.lt)):
-        better = nearer(edge, traj.edges[rows, side])
-        traj.edges[rows[better], side], traj.edge_steps[rows[better], side] = edge[better], t
-
-
-def ease_logp(edges: Tensor, mean: Tensor, sigma: float) -> Tensor:
-    """Eq. 9: edges (N, 2), mean (N,) -> (N,). Both edges above the mean: the same mass on its other side, where it does not round to 1 - 1."""
-    low, high = ((edges - mean[:, None]) / sigma).unbind(1)
-    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
-    return (torch.special.ndtr(high) - torch.special.ndtr(low)).clamp(min=1e-300).log()
-
-
-def edges_again(policy, traj: Trajectory, row: Tensor, cfg: Config) -> Tensor:
-    """The edges (M, 2) of some rows under the present parameters, from the two steps that set them."""
-    edges = traj.edges[row]
-    for side in (0, 1):
-        at = (traj.edge_steps[row, side] < cfg.steps).nonzero().squeeze(1)
-        if len(at):
-            state, target = state_at(traj, row[at], traj.edge_steps[row[at], side], policy.mask_id)
-            offset = block_offset(policy, traj.prompt_mask[row[at]])
-            open_ = current_block(state, policy.mask_id, cfg.block_length, offset) & (state == policy.mask_id)
-            conf = policy.logits(traj.prompt[row[at]], traj.prompt_mask[row[at]], state, open_).log_softmax(-1)
-            score = UNMASK[cfg.unmasking].score(None, conf, None, None, cfg)
-            edges = edges.index_put((at, torch.full_like(at, side)), edges_of_step(score, open_, target.long() - 1, cfg)[side].double())
-    return edges
-
-
-def controller_loss(policy, traj: Trajectory, row: Tensor, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Minus Eq. 4 for the choice of positions by eases of some rows (Eq. 9), and their ratios: one action, weighted as a step is when Z = T."""
-    blank = torch.full_like(traj.tokens[row], policy.mask_id)
-    _, mean = policy.logits(traj.prompt[row], traj.prompt_mask[row], blank, torch.zeros_like(blank, dtype=torch.bool), with_ease=True)
-    edges = edges_again(policy, traj, row, cfg) if cfg.controller_training == "joint" else traj.edges[row]
-    logp, logp_old = (ease_logp(e, m.double(), cfg.controller_sigma) for e, m in ((edges, mean), (traj.edges[row], traj.ease_mean[row])))
-    gain, ratio = surrogate(logp, logp_old, adv[row], cfg.clip, cfg.clip_high)
-    return -gain.sum() / (cfg.steps * len(traj.tokens)), ratio
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
@@ -1236,25 +953,302 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
-def sft_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Config) -> dict:
-    """One step of supervised fine-tuning (Eq. 8) on rows {"prompt": (message, beginning), "answer": text}, in place of train_step."""
-    clock, device, (rank, world) = time.perf_counter(), next(policy.model.parameters()).device, processes()
-    batch = batch_of_examples(examples, step, cfg)
-    ids, prompt_mask = encode_prompts(tokenizer, [row["prompt"] for row in batch])
-    tokens, g = encode_answers(tokenizer, [row["answer"] for row in batch], cfg.completion_length, policy), generator("sft", cfg.seed, step)
-    is_masked, weight = noise(tokens, policy.block, prompt_mask, g)
-    total = 0.0
-    for part in pieces(torch.tensor_split(torch.arange(len(batch)), world)[rank], cfg.micro_batch):
-        at = (x[part].to(device) for x in (ids, prompt_mask, tokens, is_masked, weight))
-        loss = denoising_loss(policy, *at) * len(part) / len(batch)
-        loss.backward()
-        total += float(loss.detach())
-    grad_norm, applied = optimizer_step(policy, optimizer, step, cfg, math.isfinite(total))
-    return {"step": step, "loss": sum(everyones([total])), "grad_norm": grad_norm, "skipped": int(not applied), "lr": learning_rate(step, cfg),
-            "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": 0.0,
-            "update_seconds": round(time.perf_counter() - clock, 3)}
+# ==================================================================================== part two: the other methods, in the same frame
+def diffu_grpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """diffu-GRPO (d1, arXiv 2504.12216): all tokens at once from a completion that is all MASK, one forward; the prompt's tokens are
+    masked at random, anew for every update, which is to make the one-step likelihood less of the same."""
+    row = torch.arange(len(traj.tokens), device=traj.tokens.device)
+    hide = (torch.rand(traj.prompt.shape, generator=g) < cfg.prompt_masking).to(row.device) & traj.prompt_mask.bool()
+    return make_views(traj, row, torch.zeros_like(row), torch.full_like(traj.tokens, mask_id), traj.counted, 1.0, cfg,
+                      prompt=traj.prompt.masked_fill(hide, mask_id), scored=True)
 
 
+def diffpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """DiFFPO (arXiv 2510.02212), the two-state mean field: what came before a random step s is scored on the completion all MASK, the
+    rest on x_s. The surrogate is no likelihood of the sampler's: `is_cap` weights each token by the truncated ratio of the two (Eq. 7)."""
+    row = torch.arange(len(traj.tokens), device=traj.tokens.device)
+    split = (torch.rand(len(row), generator=g, dtype=torch.float64).to(row.device) * traj.nfe).long()
+    late, (state, _) = traj.reveal_step >= split[:, None], state_at(traj, row, split, mask_id)
+    return make_views(traj, row.repeat(2), torch.cat([torch.zeros_like(split), split]), torch.cat([torch.full_like(state, mask_id), state]),
+                      torch.cat([traj.counted & ~late, traj.counted & late]), 1.0, cfg, scored=True)
+
+
+def tracerl_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """TraceRL (arXiv 2509.06949): every step, `shrink` neighbours merged: all that they revealed is scored on the state of the first."""
+    every = torch.arange(cfg.steps)
+    row, step = (steps_below_horizon(traj, cfg) & (every % cfg.shrink == 0)).nonzero(as_tuple=True)
+    row, step = row.to(traj.tokens.device), step.to(traj.tokens.device)
+    state, first = state_at(traj, row, step, mask_id)
+    u = traj.reveal_step[row]
+    merged = (u >= step[:, None]) & (u < step[:, None] + cfg.shrink) & (u < cfg.steps)
+    return make_views(traj, row, step, state, merged, 1.0, cfg, scored=cfg.shrink > 1 or cfg.update_block > 0)
+
+
+def dipo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
+    """DiPO (DiRL, arXiv 2512.22234), for block-causal models: every step of every block, the j-th steps of all blocks in one pass, each read
+    behind the final text of the blocks before it: as many passes as the slowest block took steps. Blocks count from the prompt's first
+    token; counted from the completion's, the replay would not be what the sampler saw."""
+    size, u = cfg.update_block or cfg.block_length, traj.reveal_step
+    N, C = u.shape
+    block = (torch.arange(C, device=u.device) + traj.prompt_mask.sum(1, keepdim=True) % size) // size                # (N, C)
+    same = block[:, :, None] == block[:, None, :]                                                                  # (N, C, C)
+    local = u - torch.where(same, u[:, None, :], cfg.steps).amin(2)                  # (N, C) the how-manieth step of its block
+    local = local.masked_fill(u >= cfg.steps, -1)                                    # filled in after the end: no step of ours
+    row, step = (torch.arange(cfg.steps, device=u.device) <= local.amax(1, keepdim=True)).nonzero(as_tuple=True)
+    state = traj.tokens[row].masked_fill(local[row] >= step[:, None], mask_id)
+    return make_views(traj, row, step, state, local[row] == step[:, None], 1.0, cfg, packed=True, scored=cfg.update_block > 0)
+
+
+VIEWS |= {"diffu-grpo": diffu_grpo_views, "diffpo": diffpo_views, "tracerl": tracerl_views, "dipo": dipo_views}
+
+
+# ------------------------------------------------------------------------- old log-probs of scored views, KL to the first model
+@torch.no_grad()
+def score_old(policy, traj: Trajectory, views: Views, cfg: Config) -> Views:
+    """The views with their log-probs under the present parameters."""
+    logp_old = torch.zeros(views.target.shape, dtype=torch.float64, device=views.target.device)
+    for part in pieces(torch.arange(len(views.row), device=logp_old.device), cfg.micro_batch):
+        logp_old[part] = logp_old[part].masked_scatter(views.target[part], step_logp(policy, traj, views.select(part), cfg)[0].double())
+    return views._replace(logp_old=logp_old)
+
+
+@torch.no_grad()
+def reference_logp(policy, traj: Trajectory, views: Views, cfg: Config) -> Tensor:
+    """(targets,) under the model to begin with: the adapters off, or, without adapters, a copy that `keep_reference` made."""
+    if policy.base_model is None:
+        with policy.model.disable_adapter():
+            return step_logp(policy, traj, views, cfg)[0]
+    policy.model, trained = policy.base_model[0], policy.model
+    try:
+        return step_logp(policy, traj, views, cfg)[0]
+    finally:
+        policy.model = trained
+
+
+def keep_reference(policy):
+    """Before training: a frozen copy of all weights, unless adapters can be switched off."""
+    if not hasattr(policy.model, "disable_adapter"):
+        policy.base_model = [copy.deepcopy(policy.model).requires_grad_(False)]      # in a list: no module of the policy's, not saved
+
+
+# ------------------------------------------------------------------------------------------- per-token baselines (TraceRL)
+class ValueModel(Policy):
+    """TraceRL's diffusion value model: what reward a masked position expects, read before it is revealed. A backbone of its own, or, beside
+    adapters, a second set of adapters on the same one; its head is zero at first. `logits` gives values (n, 1)."""
+
+    def __init__(self, policy: Policy, cfg: Config):
+        super().__init__(policy.model, policy.mask_id, policy.eos_id, policy.turn_id, policy.shift, policy.block)
+        self.flex, parameter = policy.flex, next(policy.model.parameters())
+        self.trained = [p for p in policy.model.parameters() if p.requires_grad]
+        if cfg.lora_rank:
+            add_adapter(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed + 1, "value")
+        else:
+            self.model = copy.deepcopy(policy.model)
+            self.model.get_output_embeddings().requires_grad_(False)
+        self.head = torch.nn.Linear(self.model.get_output_embeddings().weight.shape[1], 1, device=parameter.device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+        with self.on():
+            own = [p for p in self.model.parameters() if p.requires_grad and not any(p is q for q in self.trained)]
+        self.own = [*self.head.parameters(), *own]
+        self.switch("default")
+
+    def switch(self, name: str):
+        if hasattr(self.model, "peft_config"):
+            self.model.set_adapter(name)
+            for p in self.trained + getattr(self, "own", []):                        # switching freezes those not in use
+                p.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def on(self):
+        """The adapters in use are the value model's, forward and backward."""
+        self.switch("value")
+        try:
+            yield
+        finally:
+            self.switch("default")
+
+    def forward(self, prompt, prompt_mask, state, where, clean=None, cache=None, with_ease=False):
+        at = self.hidden(prompt, prompt_mask, state, clean)[:, 1 - self.shift:][:, :state.shape[1]][where]
+        return torch.nn.functional.linear(at.to(torch.promote_types(at.dtype, torch.float32)), self.head.weight, self.head.bias)
+
+    def values(self, traj: Trajectory, views: Views) -> Tensor:
+        """(targets,) in row-major order."""
+        row, clean = views.row, traj.tokens[views.row] if views.packed else None
+        return self.logits(traj.prompt[row], traj.prompt_mask[row], views.state, views.target, clean=clean).squeeze(1)
+
+    @torch.no_grad()
+    def of(self, traj: Trajectory, views: Views, micro_batch: int) -> Tensor:
+        """(N, C), zero where no view has a target."""
+        value = torch.zeros(traj.tokens.shape, dtype=torch.float64, device=traj.tokens.device)
+        with self.on():
+            for part in map(views.select, pieces(torch.arange(len(views.row), device=value.device), micro_batch)):
+                n, position = part.target.nonzero(as_tuple=True)
+                value[part.row[n], position] = self.values(traj, part).double()
+        return value
+
+    def loss(self, traj: Trajectory, views: Views, value_old: Tensor, returns: Tensor, clip: float) -> Tensor:
+        """1/2 max((V - R)^2, (V_clip - R)^2), weighted as the policy's loss."""
+        value, old, target = self.values(traj, views), value_old[views.row][views.target], returns[views.row][views.target]
+        clipped = old + (value - old).clamp(-clip, clip)
+        loss = 0.5 * torch.maximum((value - target)**2, (clipped - target)**2)
+        return (loss * views.weight[views.target.nonzero(as_tuple=True)[0]]).sum() / len(traj.tokens)
+
+
+def gae(reward: Tensor, value: Tensor, step: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (N, C) of TraceRL: reward (N,) falls on the tokens of the last step; value (N, C); step (N, C), -1 for tokens
+    that do not count. With means over the tokens of the next step marked *:
+    R_j = r_j + gamma R*,  A_j = r_j - V_j + gamma V* + gamma lam A*."""
+    adv, returns, last = torch.zeros_like(value), torch.zeros_like(value), step.amax(1)
+    next_ = torch.zeros(3, len(value), dtype=value.dtype, device=value.device)       # R*, V*, A* of the step after
+    for t in range(int(last.max()), -1, -1):
+        here = step == t
+        r = (reward * (last == t))[:, None]
+        R, A = r + gamma * next_[0][:, None], r - value + gamma * next_[1][:, None] + gamma * lam * next_[2][:, None]
+        returns, adv = torch.where(here, R, returns), torch.where(here, A, adv)
+        mean = torch.stack([(x * here).sum(1) for x in (returns, value, adv)]) / here.sum(1).clamp(min=1)
+        next_ = torch.where(here.any(1), mean, next_)
+    return adv, returns
+
+
+# --------------------------------------------------------------------------------------- a controller of the sampler (DiFFPO)
+# The sampler's threshold is drawn per completion, ease x ~ Normal(mu, sigma), mu = Linear(hidden state of the prompt's
+# last token); the head is not published, this one begins at the configured threshold. Given x the choice of positions is not random, but over
+# x it is, and its law depends on the model's confidences: x counted as one more action leaves that out, and the model's gradient is off by 18
+# to 62 % on tables. So x is integrated out: at every step the same positions are revealed for all x between two edges, and
+#   (9)  log pi_pos(traj) = log [ Phi((high - mu) / sigma) - Phi((low - mu) / sigma) ],
+# the edges being levels of one step each. Its gradient trains head and model exactly (at the first update; later ones keep these two steps).
+CONTROLLERS = {"off": "", "threshold": "threshold", "entropy": "entropy_bound"}      # --controller -> the sampler that it sets
+
+
+def add_controller(policy, cfg: Config, saved: dict | None = None):
+    head = policy.model.get_output_embeddings().weight
+    policy.controller = torch.nn.Linear(head.shape[1], 1, device=head.device)
+    torch.nn.init.zeros_(policy.controller.weight)
+    torch.nn.init.constant_(policy.controller.bias, UNMASK[CONTROLLERS[cfg.controller]].ease(cfg))
+    if saved:
+        policy.controller.load_state_dict(saved)
+
+
+def draw_ease(traj: Trajectory, mean: Tensor, keys: list, cfg: Config):
+    """Sets a trajectory's ease from mean (N,): drawn, or at temperature 0 the mean itself."""
+    noise = torch.stack([torch.randn((), generator=generator("ease", *key), dtype=torch.float64) for key in keys]).to(mean.device)
+    traj.ease, traj.ease_mean = mean + cfg.controller_sigma * noise * (cfg.temperature > 0), mean
+    traj.edges = torch.tensor([-math.inf, math.inf], dtype=torch.float64, device=mean.device).repeat(len(mean), 1)
+    traj.edge_steps = torch.full((len(mean), 2), cfg.steps, device=mean.device)
+
+
+def edges_of_step(score: Tensor, open_: Tensor, rank: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+    """The eases (N,) from which on a step reveals as many as it did, -inf if it had to, and from which on more, inf if there are no more."""
+    level, many = UNMASK[cfg.unmasking].level(in_order(score, open_)[0]), (rank >= 0).sum(1, keepdim=True)           # (N, C), (N, 1)
+    low = level.gather(1, many - 1).masked_fill(many <= cfg.completion_length // cfg.steps, -math.inf)
+    high = level.gather(1, many.clamp(max=level.shape[1] - 1)).masked_fill(many >= open_.sum(1, keepdim=True), math.inf)
+    return low.squeeze(1), high.squeeze(1)
+
+
+def narrow_edges(traj: Trajectory, rows: Tensor, t: int, low: Tensor, high: Tensor):
+    """Takes a step's edges into the trajectory's, in place."""
+    for side, edge, nearer in ((0, low.double(), torch.gt), (1, high.double(), torch.lt)):
+        better = nearer(edge, traj.edges[rows, side])
+        traj.edges[rows[better], side], traj.edge_steps[rows[better], side] = edge[better], t
+
+
+def ease_logp(edges: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """Eq. 9: edges (N, 2), mean (N,) -> (N,). Both edges above the mean: the same mass on its other side, where it does not round to 1 - 1."""
+    low, high = ((edges - mean[:, None]) / sigma).unbind(1)
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
+    return (torch.special.ndtr(high) - torch.special.ndtr(low)).clamp(min=1e-300).log()
+
+
+def edges_again(policy, traj: Trajectory, row: Tensor, cfg: Config) -> Tensor:
+    """The edges (M, 2) of some rows under the present parameters, from the two steps that set them."""
+    edges = traj.edges[row]
+    for side in (0, 1):
+        at = (traj.edge_steps[row, side] < cfg.steps).nonzero().squeeze(1)
+        if len(at):
+            state, target = state_at(traj, row[at], traj.edge_steps[row[at], side], policy.mask_id)
+            offset = block_offset(policy, traj.prompt_mask[row[at]])
+            open_ = current_block(state, policy.mask_id, cfg.block_length, offset) & (state == policy.mask_id)
+            conf = policy.logits(traj.prompt[row[at]], traj.prompt_mask[row[at]], state, open_).log_softmax(-1)
+            score = UNMASK[cfg.unmasking].score(None, conf, None, None, cfg)
+            edges = edges.index_put((at, torch.full_like(at, side)), edges_of_step(score, open_, target.long() - 1, cfg)[side].double())
+    return edges
+
+
+def controller_loss(policy, traj: Trajectory, row: Tensor, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+    """Minus Eq. 4 for the choice of positions by eases of some rows (Eq. 9), and their ratios: one action, weighted as a step is when Z = T."""
+    blank = torch.full_like(traj.tokens[row], policy.mask_id)
+    _, mean = policy.logits(traj.prompt[row], traj.prompt_mask[row], blank, torch.zeros_like(blank, dtype=torch.bool), with_ease=True)
+    edges = edges_again(policy, traj, row, cfg) if cfg.controller_training == "joint" else traj.edges[row]
+    logp, logp_old = (ease_logp(e, m.double(), cfg.controller_sigma) for e, m in ((edges, mean), (traj.edges[row], traj.ease_mean[row])))
+    gain, ratio = surrogate(logp, logp_old, adv[row], cfg.clip, cfg.clip_high)
+    return -gain.sum() / (cfg.steps * len(traj.tokens)), ratio
+
+
+# ------------------------------------------------------------------------------------------------------ block-causal models (DiRL)
+def block_rule(block: Tensor, real: Tensor, noisy: Tensor) -> Callable:
+    """Block-causal attention from indices alone: (row, head, query, key) -> bool. block, real (N, S), noisy (S,). A block sees itself and,
+    in their final text, those before it: noisy sees noisy of its own block and clean of earlier ones, clean sees clean up to its own
+    block, never noisy (DiRL, arXiv 2512.22234). A padded query sees itself: no NaN."""
+    def sees(n, head, q, k):
+        same, before = block[n, q] == block[n, k], block[n, q] > block[n, k]
+        allowed = torch.where(noisy[k], noisy[q] & same, before | (same & ~noisy[q]))
+        return (q == k) | (allowed & real[n, q] & real[n, k])
+    return sees
+
+
+def block_mask(rule: Callable, N: int, S: int, device, flex: bool):
+    """The rule as FlexAttention's block mask, never a dense (S, S) tensor, or as a dense one (N, 1, S, S)."""
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask
+        return create_block_mask(rule, N, None, S, S, device=device)
+    n, s = torch.arange(N, device=device), torch.arange(S, device=device)
+    return rule(n[:, None, None], 0, s[:, None], s)[:, None]
+
+
+class BlockCache:
+    """Keys and values of N rows of a block-causal model, exact: what a finished block holds does not depend on later ones. Rows may stand
+    at different blocks. Each call computes the block being denoised and the one before it, which has just become final: so no
+    call of its own is needed to put that one into the cache."""
+
+    def __init__(self, N: int):
+        self.kept, self.rows, self.columns, self.N = {}, slice(None), None, N        # layer -> keys, values (N, heads, S + 1, size)
+
+    def update(self, key, value, layer, *_):
+        """What a layer calls: stores its keys and values (n, heads, w, size) of `columns` (n, w), returns those of all columns."""
+        if layer not in self.kept:
+            self.kept[layer] = [x.new_zeros(self.N, x.shape[1], self.width, x.shape[3]) for x in (key, value)]
+        for kept, new in zip(self.kept[layer], (key, value)):
+            kept[self.rows[:, None], :, self.columns] = new.transpose(1, 2)
+        return [kept[self.rows] for kept in self.kept[layer]]
+
+    def get_seq_length(self, *_):
+        return 0                                                                     # positions are given
+
+    def read(self, policy, ids, real, positions) -> Tensor:
+        """The hidden states (n, S, width) of the block being denoised and the one before it; zero elsewhere. ids, real, positions (n, S)."""
+        (n, S), device = ids.shape, ids.device
+        self.width, pad = S + 1, S - real.sum(1, keepdim=True)                       # column S takes what does not exist
+        ids, real, block = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, real, positions // policy.block))
+        every = torch.arange(S + 1, device=device)
+
+        def compute(columns):                                                        # (n, w) -> (n, w, width)
+            self.columns = columns
+            own, there = block.gather(1, columns)[:, :, None], real.gather(1, columns)[:, :, None]
+            sees = (own >= block[:, None]) & there & real[:, None] | (columns[:, :, None] == every)
+            return policy.decode(ids.gather(1, columns), sees[:, None], (columns - pad).clamp(min=0), self)
+
+        masked = (ids == policy.mask_id) & real
+        if not self.kept:                                                            # the prompt first
+            compute(every[:int(masked.int().argmax(1).min())].expand(n, -1))
+        current = block.masked_fill(~masked, S).amin(1, keepdim=True)                # (n, 1)
+        columns = pad + (current - 1) * policy.block + torch.arange(2 * policy.block, device=device)
+        columns = columns.masked_fill((columns < pad) | (columns >= S), S)
+        hidden = compute(columns)
+        return hidden.new_zeros(n, S + 1, hidden.shape[2]).scatter(1, columns[:, :, None].expand_as(hidden), hidden)[:, :S]
+
+
+# ======================================================================== part three: models, fine-tuning, settings, command line
 # ------------------------------------------------------------------------------------------------ models, in and out
 def load_policy(model: str, device: str, cfg: Config = Config(), train: bool = False) -> tuple[Policy, object]:
     """A directory or the hub's owner/name -> policy, tokenizer. To train: with adapters if lora_rank, else all of it in float32; what is
@@ -1350,6 +1344,25 @@ def denoising_loss(policy, prompt: Tensor, prompt_mask: Tensor, tokens: Tensor, 
     logits = policy.logits(prompt, prompt_mask, tokens.masked_fill(is_masked, policy.mask_id), is_masked, clean=tokens if policy.block else None)
     loss = torch.nn.functional.cross_entropy(logits, tokens[is_masked], reduction="none")
     return (loss * weight[is_masked]).sum() / tokens.numel()
+
+
+def sft_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Config) -> dict:
+    """One step of supervised fine-tuning (Eq. 8) on rows {"prompt": (message, beginning), "answer": text}, in place of train_step."""
+    clock, device, (rank, world) = time.perf_counter(), next(policy.model.parameters()).device, processes()
+    batch = batch_of_examples(examples, step, cfg)
+    ids, prompt_mask = encode_prompts(tokenizer, [row["prompt"] for row in batch])
+    tokens, g = encode_answers(tokenizer, [row["answer"] for row in batch], cfg.completion_length, policy), generator("sft", cfg.seed, step)
+    is_masked, weight = noise(tokens, policy.block, prompt_mask, g)
+    total = 0.0
+    for part in pieces(torch.tensor_split(torch.arange(len(batch)), world)[rank], cfg.micro_batch):
+        at = (x[part].to(device) for x in (ids, prompt_mask, tokens, is_masked, weight))
+        loss = denoising_loss(policy, *at) * len(part) / len(batch)
+        loss.backward()
+        total += float(loss.detach())
+    grad_norm, applied = optimizer_step(policy, optimizer, step, cfg, math.isfinite(total))
+    return {"step": step, "loss": sum(everyones([total])), "grad_norm": grad_norm, "skipped": int(not applied), "lr": learning_rate(step, cfg),
+            "heldout": "", "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": 0.0,
+            "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
 def sft_examples(tokenizer, cfg: Config, examples: list) -> list:
