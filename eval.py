@@ -647,8 +647,9 @@ def merge(cfg, out: str):
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         save_weights(model, tokenizer, partial, checkpoint.folder)
-        if (adapter / "agrpo.json").is_file():                                       # the prompt it was trained with
-            shutil.copyfile(adapter / "agrpo.json", partial / "agrpo.json")
+        for name in ("agrpo.json", "controller.safetensors"):                        # the prompt it was trained with, its sampler
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, partial / name)
         partial.rename(path)
     except OSError as error:
         raise BadInput(f"--merge {path}: {error.strerror}") from None
@@ -729,14 +730,30 @@ def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) ->
     kept, again = (width * h, layer) if cfg.gradient_checkpointing == "on" else (layer, 0)
     update = cfg.micro_batch * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * 4.7))
     update += 2 * base if half and not frozen and cfg.fsdp == "off" else 0           # autocast's copies of the weights
+    if not cfg.sft:                                                                  # a second model, and a third
+        weights += 4 * base * (cfg.kl > 0 and cfg.kl_reference == "base" and not frozen) + (0 if frozen else 4 * base) * (cfg.value_model == "on")
+        trained *= 1 + (cfg.value_model == "on")
     rows, head, body = cfg.prompts * cfg.completions, 2 * h * V * cfg.block_length, 2 * (base - ends + (adapters if frozen else 0))
     forward = S * (body + 4 * S * h * layers)                                        # of one row, without the head
     passes = (2 if frozen else 3) + (cfg.gradient_checkpointing == "on")             # in units of a forward
     evaluated = prompt_length + (cfg.eval_length or cfg.completion_length)
     return {**{k: v / 1e9 for k, v in (("weights", weights), ("trained", trained), ("rollout", rollout), ("update", update),
                                        ("total", weights + trained + max(rollout, update)))},
-            "rollout_flops": rows * cfg.steps * (forward + head), "update_flops": rows * min(cfg.mc_steps, cfg.steps) * (passes * forward + 3 * head),
+            "rollout_flops": 0 if cfg.sft else rows * cfg.steps * (forward + head), "update_flops": states_scored(cfg) * (passes * forward + 3 * head),
             "eval_flops": cfg.eval_examples * sum(numbers(cfg.eval_steps, "--eval-steps")) * (evaluated * (body + 4 * evaluated * h * layers) + head)}
+
+
+def states_scored(cfg) -> float:
+    """Forward and backward passes over a prompt and a completion in a training step, in the long run."""
+    if cfg.sft:
+        return cfg.prompts
+    blocks = cfg.completion_length // cfg.block_length
+    each = {"agrpo": min(cfg.mc_steps, cfg.steps), "exact": cfg.steps, "diffu-grpo": 1, "diffpo": 2, "tracerl": -(-cfg.steps // cfg.shrink),
+            "dipo": 2 * min(cfg.block_length, -(-cfg.steps // blocks))}[cfg.method]  # dipo reads the completion twice
+    if cfg.controller != "off":
+        each = 1 if cfg.controller_training == "alone" else each + 3
+    extra = (cfg.kl > 0 and cfg.kl_reference == "base") / 3 + (cfg.value_model == "on")            # a forward; as much again
+    return cfg.prompts * cfg.completions * cfg.inner_epochs * each * (1 + extra)
 
 
 def matmul_rate(device: str) -> float:
@@ -1131,7 +1148,7 @@ def run(args) -> int:
     """Complete, grade, save, print: everything that `python eval.py` does with a model."""
     import agrpo
     cfg, shapes = settings_of(args)
-    settings, results = {k: getattr(cfg, k) for k in SAMPLING}, []
+    settings, results = {k: getattr(cfg, k) for k in SAMPLING if k != "controller" or cfg.controller != "off"}, []
     if args.out:                                                                     # before a model is opened or trained
         open_completions(Path(args.out), settings, args.overwrite)
     examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)
@@ -1141,7 +1158,7 @@ def run(args) -> int:
         checkpoint, tokenizer, _ = agrpo.open_checkpoint(cfg)
         agrpo.check_context(checkpoint.config, tokenizer, dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
     policy, tokenizer = agrpo.open_model(cfg)
-    settings |= {"weights": fingerprint(policy.model)}
+    settings |= {"weights": fingerprint(policy.model) + (fingerprint(policy.controller) if policy.controller else "")}
     name = Path(cfg.model).parent.name if Path(cfg.model).name == "model" else Path(cfg.model).name
     out = Path(args.out or f"runs/eval-{cfg.task}-{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.jsonl")
     with locked_completions(out, settings, args.overwrite) as (stored, f):

@@ -639,6 +639,20 @@ def test_the_published_settings_of_a_method_come_with_its_name_and_flags_win():
     assert agrpo.config_for("gsm8k", "x", "", "tracerl").shrink == 8
 
 
+@pytest.mark.parametrize("flags", [["--method", m] for m in agrpo.VIEWS] + [["--controller", "entropy"], ["--sft", "gold"]], ids=" ".join)
+def test_the_estimate_counts_the_passes_that_a_step_makes(here, flags, monkeypatch):
+    """Of the tiny models, where every group has an advantage: the logged passes of train_step, packed ones read twice the length."""
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)})
+    cfg = agrpo.parse([*flags, *(["--model", "tiny-block"] if "dipo" in flags else []), "--prompts", "4", "--completions", "8"])[0]
+    if cfg.sft:
+        assert run_folder.states_scored(cfg) == 4
+        return
+    policy, tokenizer = (tiny_blocks if "dipo" in flags else tiny)(dataclasses.replace(cfg, base_hidden=32, base_layers=2))
+    cfg = dataclasses.replace(cfg, kl=0.0, controller="off")
+    row = agrpo.train_step(policy, tokenizer, agrpo.make_optimizer(policy, cfg), examples(n=8), 0, cfg)
+    assert abs(row["passes"] * (2 if "dipo" in flags else 1) / run_folder.states_scored(cfg) - 1) < 0.2
+
+
 def test_a_controller_is_saved_with_the_model_and_used_by_eval(here, capsys, monkeypatch):
     monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)})
     assert go("--name", "c", "--controller", "entropy", "--max-steps", "3", "--controller-lr", "0.5", "--entropy-bound", "12") == 0

@@ -1,0 +1,155 @@
+"""Compare methods over seeds. Run: python tests/methods.py time (on an idle machine), then python tests/methods.py runs/*
+
+`time` measures seconds a step of every method, each alone, one thread, and writes assets/methods-pace.csv. With finished runs that differ in
+--method, it writes assets/methods.csv and a figure per task and model, and prints the tables: held-out share (half of the held-out examples,
+every --eval-every steps) after equal time (steps x pace), after equal numbers of passes (states scored with a gradient), and at the end.
+Runs of `--controller` make the frontier: assets/controller.csv and its figure, with `--unmasking entropy_bound` evaluations of the others.
+"""
+import csv
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import agrpo  # noqa: E402
+import eval as evaluation  # noqa: E402
+from compare import at, spread  # noqa: E402
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+COLOUR = {"agrpo": "#0b62a4", "exact": "#7fb3d5", "dipo": "#2e8b57", "tracerl": "#8e5a2b", "diffpo": "#d9822b", "diffu-grpo": "#c0392b"}
+STYLE = {"exact": "--", "tracerl": ":", "diffpo": "-."}                              # so that grey print tells them apart
+
+
+def pace(steps: int = 6):
+    """Seconds of rollout and of update a step, the first left out: each method alone."""
+    import torch
+    torch.set_num_threads(1)
+    rows = []
+    for task in ("sudoku", "countdown"):
+        for model in agrpo.TINY:
+            for method in COLOUR:
+                if method == "dipo" and model == "tiny":
+                    continue
+                cfg, _ = agrpo.parse(["--task", task, "--model", model, "--method", method, "--device", "cpu"])
+                policy, tokenizer = agrpo.open_model(cfg, train=True)
+                if cfg.kl and cfg.kl_reference == "base":
+                    agrpo.keep_reference(policy)
+                optimizer, examples = agrpo.make_optimizer(policy, cfg), agrpo.load_examples(task, 512, 0, "train")
+                log = [agrpo.train_step(policy, tokenizer, optimizer, examples, step, cfg) for step in range(steps)][1:]
+                rows.append({"task": task, "model": model, "method": method, "steps": len(log), "passes": statistics.mean(r["passes"] for r in log),
+                             **{k: f"{statistics.median(r[k] for r in log):.3f}" for k in ("rollout_seconds", "update_seconds")}})
+                print(rows[-1], flush=True)
+    with open(ASSETS / "methods-pace.csv", "w", newline="") as f:
+        out = csv.DictWriter(f, rows[0], lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+
+
+def seconds_a_step() -> dict:
+    with open(ASSETS / "methods-pace.csv") as f:
+        return {(r["task"], r["model"], r["method"]): float(r["rollout_seconds"]) + float(r["update_seconds"]) for r in csv.DictReader(f)}
+
+
+def load(folder: Path, paces: dict) -> dict:
+    """One finished run: its held-out shares as (seconds, share) and (passes, share) from the base model on."""
+    cfg, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+    key, passes = (cfg["task"], cfg["model"], cfg["method"]), 0
+    base = json.loads((folder / "eval_base.json").read_text())[0]["grades"]
+    half = base[:(len(base) + 1) // 2]                                               # the part that is looked at while training
+    curve = [(0, 0.0, 0, sum(g == 1 for g in half) / len(half))]
+    for row in evaluation.read_log(folder / "log.csv"):
+        passes += int(row["passes"])
+        if row["heldout"]:
+            step = int(row["step"]) + 1
+            curve.append((step, step * paces[key], passes, float(row["heldout"])))
+    return {"key": key, "seed": cfg["seed"], "curve": curve, "seconds": [(c[1], c[3]) for c in curve], "by_passes": [(c[2], c[3]) for c in curve],
+            "steps": len(evaluation.read_log(folder / "log.csv")), "base": summary["base"]["solved"], "final": summary["by_steps"]}
+
+
+def compare(runs: list):
+    with open(ASSETS / "methods.csv", "w", newline="") as f:
+        out = csv.writer(f, lineterminator="\n")
+        out.writerow(["task", "model", "method", "seed", "step", "seconds", "passes", "held_out"])
+        for run in runs:
+            out.writerows([*run["key"], run["seed"], step, f"{s:.1f}", p, f"{h:.4f}"] for step, s, p, h in run["curve"])
+    for task, model in sorted({run["key"][:2] for run in runs}):
+        mine = [run for run in runs if run["key"][:2] == (task, model)]
+        budget, passes = min(run["seconds"][-1][0] for run in mine), min(run["by_passes"][-1][0] for run in mine)
+        print(f"\n{task}, --model {model}: held-out solved, %, mean +- sd over seeds\n")
+        print(f"| method | seeds | after {budget:.0f} s | after {passes} passes | steps | after these, all held-out | NFE | seconds a step | passes a step |\n" + "|---" * 9 + "|")
+        for method in COLOUR:
+            if own := sorted((run for run in mine if run["key"][2] == method), key=lambda run: run["seed"]):
+                print(f"| {method} | {len(own)} | {spread([100 * at(run['seconds'], budget) for run in own])} | "
+                      f"{spread([100 * at(run['by_passes'], passes) for run in own])} | {own[0]['steps']} | "
+                      f"{spread([100 * run['final'][0]['trained'] for run in own])} | {statistics.mean(run['final'][0]['nfe'] for run in own):.1f} | "
+                      f"{own[0]['seconds'][-1][0] / own[0]['curve'][-1][0]:.2f} | {statistics.mean(run['by_passes'][-1][0] / run['curve'][-1][0] for run in own):.0f} |")
+
+        def draw(axis, mine=mine, budget=budget):
+            ends, grid = [], [budget * k / 60 for k in range(61)]
+            for method, colour in COLOUR.items():
+                if own := [run for run in mine if run["key"][2] == method]:
+                    y = [[100 * at(run["seconds"], x) for run in own] for x in grid]
+                    axis.fill_between(grid, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.10, lw=0)
+                    axis.plot(grid, [statistics.mean(v) for v in y], color=colour, lw=2, ls=STYLE.get(method, "-"))
+                    ends.append((statistics.mean(y[-1]), method, colour))
+            high, used = axis.get_ylim()[1], -1e9
+            for y, method, colour in sorted(ends):
+                used = max(y, used + 0.045 * high)
+                evaluation.label_end(axis, budget, used, method, colour)
+            axis.set_xlim(0, budget * 1.25)
+            axis.set_ylim(0)
+        evaluation.figure(ASSETS / f"methods-{task}-{model}.png", f"Which method learns {task} fastest? --model {model}",
+                          "seconds of rollout and update (mean of seeds, band: lowest and highest)", "held out, greedy: solved, %", draw)
+
+
+def frontier(folders: list, evaluations: list):
+    """Accuracy against NFE: evaluations (.json of eval.py) of models at fixed bounds, and runs with a controller at their own."""
+    points = []
+    for path in evaluations:
+        data = json.loads(Path(path).read_text())
+        name, seed = ("base" if data["settings"]["model"] == "tiny" else "model alone"), data["settings"]["seed"]
+        points += [(name, data["settings"]["entropy_bound"], seed, r["nfe"], r["solved"]) for r in data["results"]]
+    for folder in folders:
+        cfg, summary = (json.loads((folder / n).read_text()) for n in ("config.json", "summary.json"))
+        name = "joint" if cfg["controller_training"] == "joint" else "model, then controller alone"
+        points.append((name, cfg["alpha"], cfg["seed"], summary["by_steps"][0]["nfe"], summary["by_steps"][0]["trained"]))
+    with open(ASSETS / "controller.csv", "w", newline="") as f:
+        out = csv.writer(f, lineterminator="\n")
+        out.writerow(["what", "bound_or_alpha", "seed", "nfe", "solved"])
+        out.writerows((*p[:3], f"{p[3]:.2f}", f"{p[4]:.4f}") for p in sorted(points))
+    means = {}
+    for name, knob in sorted({p[:2] for p in points}):
+        own = [p for p in points if p[:2] == (name, knob)]
+        means.setdefault(name, []).append((statistics.mean(p[3] for p in own), 100 * statistics.mean(p[4] for p in own), knob, len(own)))
+    print("\n| what | bound or alpha | seeds | NFE | solved, % |\n|---|---|---|---|---|")
+    for name, rows in means.items():
+        for nfe, solved, knob, n in sorted(rows):
+            print(f"| {name} | {knob:g} | {n} | {nfe:.1f} | {solved:.1f} |")
+
+    def draw(axis):
+        for (name, rows), colour, marker in zip(means.items(), ("#777777", "#2e8b57", "#0b62a4", "#d9822b"), "svo^"):
+            x, y = [r[0] for r in sorted(rows)], [r[1] for r in sorted(rows)]
+            axis.plot(x, y, color=colour, marker=marker, lw=1.5)
+            evaluation.label_end(axis, x[-1], y[-1], name, colour)
+        axis.margins(x=0.3)
+        axis.set_xscale("log")
+        axis.set_xticks([1, 2, 4, 8, 16], labels=["1", "2", "4", "8", "16"])
+        axis.minorticks_off()
+    evaluation.figure(ASSETS / "controller.png", "Does a threshold per puzzle solve more per denoiser call?", "NFE: denoiser calls per completion (mean of seeds)",
+                      "sudoku, held out: solved, %", draw)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["time"]:
+        clock = time.perf_counter()
+        pace()
+        print(f"{time.perf_counter() - clock:.0f} s")
+    else:
+        finished = [Path(f) for f in sorted(sys.argv[1:]) if (Path(f) / "summary.json").is_file()]
+        settings = [json.loads((f / "config.json").read_text()) for f in finished]
+        paces = seconds_a_step()
+        compare([load(f, paces) for f, cfg in zip(finished, settings) if cfg.get("controller", "off") == "off" and not cfg.get("sft")])
+        if controlled := [f for f, cfg in zip(finished, settings) if cfg.get("controller", "off") != "off"]:
+            frontier(controlled, [f for f in sys.argv[1:] if f.endswith(".json")])
