@@ -111,7 +111,7 @@ class Config:
     clip: float = 0.2                  # eps of Eq. 4
     clip_high: float = 0.0             # eps above 1, where it is another; 0: as clip [DiPO: 0.28]
     kl: float = 0.0                    # beta of Eq. 4 [diffu-GRPO: 0.04, TraceRL: 0.01]
-    kl_reference: str = "base"         # the model to begin with, or old: the policy before the update [TraceRL: old]
+    kl_reference: str = "base"         # the model to begin with, or old: before the update, acts from the second inner epoch on [TraceRL: old]
     inner_epochs: int = 1              # optimizer steps per rollout [diffu-GRPO: 12]
     shrink: int = 1                    # tracerl: steps merged into one state [TraceRL: 8, block-causal 1]
     prompt_masking: float = 0.0        # diffu-grpo: share of the prompt's tokens masked [diffu-GRPO: 0.15]
@@ -205,7 +205,7 @@ class Policy(torch.nn.Module):
         self.model, self.mask_id, self.eos_id, self.turn_id, self.shift, self.block = model, mask_id, eos_id, turn_id, shift, block
         self.sharded = False                                                         # by FSDP: see shard
         self.flex = False                                                            # FlexAttention for the masks of blocks: on GPUs
-        self.controller = self.value = self.base_model = None                        # see Controller, ValueModel, reference
+        self.controller = self.value = self.reference = None                         # see add_controller, ValueModel, keep_reference
         self.eval()                                                                  # dropout would break ratio = 1
 
     def logits(self, prompt: Tensor, prompt_mask: Tensor, state: Tensor, where: Tensor, clean: Tensor | None = None, cache=None,
@@ -236,7 +236,7 @@ class Policy(torch.nn.Module):
         real = torch.cat([prompt_mask, torch.ones_like(state)], 1)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         if cache is not None:
-            return cache.read(self, ids, real.bool(), positions)[:, -1 - C:]
+            return cache.read(self, ids, real.bool(), positions, P)[:, -1 - C:]
         noisy = torch.zeros(P + C, dtype=torch.bool, device=ids.device)
         if clean is not None:                                                        # [clean | noisy]: the noisy part begins with the prompt's
             tail = min(P, max(1, self.block - 1))                                    # last tokens, as its first block may be partly prompt
@@ -713,7 +713,7 @@ def views_where(weight: Tensor, traj: Trajectory, cfg: Config, mask_id: int) -> 
     """weight (N, T) -> the steps where it is not zero, as views."""
     row, step = (weight != 0).nonzero(as_tuple=True)
     row, step, weight = (x.to(traj.tokens.device) for x in (row, step, weight[row, step]))
-    return make_views(traj, row, step, *state_at(traj, row, step, mask_id), weight, cfg)
+    return make_views(traj, row, step, *state_at(traj, row, step, mask_id), weight, cfg, scored=cfg.update_block > 0)
 
 
 def steps_below_horizon(traj: Trajectory, cfg: Config) -> Tensor:
@@ -728,7 +728,7 @@ def visits_of(traj: Trajectory, adv: Tensor, horizon: Tensor) -> Visits:
 
 def agrpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
     """AGRPO (arXiv 2510.04019): K drawn states a completion, on average over those with an advantage; weight 1/(Z E[number of draws]) (Eq. 5)."""
-    visits = visits_of(traj, adv, NORMALIZERS[cfg.normalizer].horizon(traj))
+    visits = visits_of(traj, adv.abs() + cfg.kl if kl_acts(cfg) else adv, NORMALIZERS[cfg.normalizer].horizon(traj))
     return views_where(TIMESTEPS[cfg.timesteps](visits, cfg.mc_steps, g), traj, cfg, mask_id)
 
 
@@ -744,6 +744,11 @@ def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float, clip_hig
     """Eq. 3 and 4, elementwise: min(r A, clip(r) A) and the ratio r."""
     ratio = (logp - logp_old).exp()
     return torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + (clip_high or clip)) * adv), ratio.detach()
+
+
+def kl_acts(cfg: Config) -> bool:
+    """Whether the KL term has a gradient: to the policy before the update it has none at the first."""
+    return cfg.kl > 0 and (cfg.kl_reference == "base" or cfg.inner_epochs > 1)
 
 
 def k3(logp: Tensor, logp_old: Tensor, logp_reference: Tensor) -> Tensor:
@@ -918,9 +923,10 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
               for epoch in range(cfg.inner_epochs)]
     if policy.value:
         value = policy.value.of(traj, epochs[0], cfg.micro_batch)
-        when = (traj.reveal_step // cfg.shrink).masked_fill(traj.reveal_step >= cfg.steps, -1)
+        scored = torch.zeros_like(traj.tokens).index_add(0, epochs[0].row, epochs[0].target.long()) > 0
+        when = (traj.reveal_step // cfg.shrink).masked_fill(~scored, -1)
         adv, returns = gae(adv, value, when, cfg.gamma, cfg.lam)
-    else:
+    elif not kl_acts(cfg):
         epochs = [views.select(adv[views.row] != 0) for views in epochs]             # no advantage, no gradient: no pass
     if cfg.controller != "off" and cfg.controller_training == "alone":
         epochs = [views.select(slice(0, 0)) for views in epochs]
@@ -993,8 +999,8 @@ def dipo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torc
     block = (torch.arange(C, device=u.device) + traj.prompt_mask.sum(1, keepdim=True) % size) // size                # (N, C)
     same = block[:, :, None] == block[:, None, :]                                                                  # (N, C, C)
     local = u - torch.where(same, u[:, None, :], cfg.steps).amin(2)                  # (N, C) the how-manieth step of its block
-    local = local.masked_fill(u >= cfg.steps, -1)                                    # filled in after the end: no step of ours
-    row, step = (torch.arange(cfg.steps, device=u.device) <= local.amax(1, keepdim=True)).nonzero(as_tuple=True)
+    local = torch.where(u < cfg.steps, local, C)                                     # filled in after the end: no step of ours, and never seen
+    row, step = (torch.arange(cfg.steps, device=u.device) <= local.masked_fill(local == C, -1).amax(1, keepdim=True)).nonzero(as_tuple=True)
     state = traj.tokens[row].masked_fill(local[row] >= step[:, None], mask_id)
     return make_views(traj, row, step, state, local[row] == step[:, None], 1.0, cfg, packed=True, scored=cfg.update_block > 0)
 
@@ -1012,23 +1018,22 @@ def score_old(policy, traj: Trajectory, views: Views, cfg: Config) -> Views:
     return views._replace(logp_old=logp_old)
 
 
+def keep_reference(policy):
+    """Before training: a copy of the weights that will be trained, all or the adapters."""
+    policy.reference = [(p, p.detach().clone()) for p in policy.model.parameters() if p.requires_grad]
+
+
 @torch.no_grad()
 def reference_logp(policy, traj: Trajectory, views: Views, cfg: Config) -> Tensor:
-    """(targets,) under the model to begin with: the adapters off, or, without adapters, a copy that `keep_reference` made."""
-    if policy.base_model is None:
-        with policy.model.disable_adapter():
-            return step_logp(policy, traj, views, cfg)[0]
-    policy.model, trained = policy.base_model[0], policy.model
+    """(targets,) under the model to begin with: its weights take the place of the trained ones for one forward."""
+    trained = [p.data for p, _ in policy.reference]
     try:
+        for p, first in policy.reference:
+            p.data = first
         return step_logp(policy, traj, views, cfg)[0]
     finally:
-        policy.model = trained
-
-
-def keep_reference(policy):
-    """Before training: a frozen copy of all weights, unless adapters can be switched off."""
-    if not hasattr(policy.model, "disable_adapter"):
-        policy.base_model = [copy.deepcopy(policy.model).requires_grad_(False)]      # in a list: no module of the policy's, not saved
+        for (p, _), now in zip(policy.reference, trained):
+            p.data = now
 
 
 # ------------------------------------------------------------------------------------------- per-token baselines (TraceRL)
@@ -1225,8 +1230,9 @@ class BlockCache:
     def get_seq_length(self, *_):
         return 0                                                                     # positions are given
 
-    def read(self, policy, ids, real, positions) -> Tensor:
-        """The hidden states (n, S, width) of the block being denoised and the one before it; zero elsewhere. ids, real, positions (n, S)."""
+    def read(self, policy, ids, real, positions, P: int) -> Tensor:
+        """The hidden states (n, S, width) of the block being denoised and the one before it; zero elsewhere. ids, real, positions (n, S),
+        the first P columns a prompt."""
         (n, S), device = ids.shape, ids.device
         self.width, pad = S + 1, S - real.sum(1, keepdim=True)                       # column S takes what does not exist
         ids, real, block = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, real, positions // policy.block))
@@ -1238,9 +1244,9 @@ class BlockCache:
             sees = (own >= block[:, None]) & there & real[:, None] | (columns[:, :, None] == every)
             return policy.decode(ids.gather(1, columns), sees[:, None], (columns - pad).clamp(min=0), self)
 
-        masked = (ids == policy.mask_id) & real
+        masked = (ids == policy.mask_id) & (every >= P)
         if not self.kept:                                                            # the prompt first
-            compute(every[:int(masked.int().argmax(1).min())].expand(n, -1))
+            compute(every[:P].expand(n, -1))
         current = block.masked_fill(~masked, S).amin(1, keepdim=True)                # (n, 1)
         columns = pad + (current - 1) * policy.block + torch.arange(2 * policy.block, device=device)
         columns = columns.masked_fill((columns < pad) | (columns >= S), S)
@@ -1268,12 +1274,15 @@ def load_policy(model: str, device: str, cfg: Config = Config(), train: bool = F
     policy.flex = bool(checkpoint.block) and torch.device(device).type == "cuda"
     policy.source, policy.base = checkpoint.folder, base_of(adapter) if adapter else model
     for layer in net.get_decoder().layers if train and cfg.gradient_checkpointing == "on" else ():
-        layer.forward = computed_again(layer.forward)
+        layer.forward = computed_again(layer)
     policy = policy if cfg.quantize else policy.to(device)
     if cfg.controller != "off":
         if train and cfg.controller_training == "alone":
             policy.model.requires_grad_(False)
-        add_controller(policy, cfg, read_controller(adapter or checkpoint.folder))
+        saved = read_controller(adapter or checkpoint.folder, checkpoint.config.hidden_size)
+        if saved is None and not train:
+            raise BadInput(f"--controller {cfg.controller}: {model} has no controller.safetensors")
+        add_controller(policy, cfg, saved)
     return policy, tokenizer
 
 
@@ -1365,20 +1374,25 @@ def sft_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Confi
             "update_seconds": round(time.perf_counter() - clock, 3)}
 
 
-def sft_examples(tokenizer, cfg: Config, examples: list) -> list:
+def sft_examples(tokenizer, cfg: Config, examples: list, context: int, mask_id: int) -> list:
     """Prompts and answers to fine-tune on: the task's right answers to its examples, in the prompt's format, or the rows of a file. Says
-    how many are too long for --completion-length, and leaves them out. Raises BadInput if none is left."""
+    how many are too long for --completion-length, and leaves them out. Raises BadInput if none is left, or a row cannot be learned."""
     if cfg.sft == "gold":
         rows = [{"prompt": prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt), "answer": gold_completion(cfg.task, ex, cfg.prompt)} for ex in examples]
     else:
         rows = [{"prompt": (row["prompt"], ""), "answer": row["completion"]} for row in read_pairs(cfg.sft)]
-    ended = end_of_turn(tokenizer) is not None
-    lengths = [len(ids) + ended for ids in tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]]
-    short = [row for row, n in zip(rows, lengths) if n <= cfg.completion_length]
+    ended, answers = end_of_turn(tokenizer) is not None, tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
+    for number, ids in enumerate(answers, start=1):
+        if {mask_id, tokenizer.eos_token_id} & set(ids):
+            raise BadInput(f"--sft {cfg.sft}, row {number}: an answer holds the token of MASK or of the end, {rows[number - 1]['answer'][:60]!r}")
+    short = [row for row, ids in zip(rows, answers) if len(ids) + ended <= cfg.completion_length]
     if len(short) < len(rows):
         say(f"{len(rows) - len(short)} of {len(rows)} answers have more than {cfg.completion_length} tokens and are left out")
     if not short:
         raise BadInput(f"--completion-length {cfg.completion_length}: all answers are longer")
+    longest = encode_prompts(tokenizer, [row["prompt"] for row in short])[0].shape[1]
+    if longest + cfg.completion_length > context:
+        raise BadInput(f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a completion {cfg.completion_length}; the context is {context}")
     return short
 
 
@@ -1470,12 +1484,17 @@ def config_for(task: str, model: str = "", preset: str = "", method: str = "agrp
                      **((SFT if kind else SFT_RECIPE) if sft else {})})
 
 
+def saved_settings(model: str) -> dict:
+    """What a model was trained with here; {} if it was not."""
+    path = run_folder.in_run(Path(model)) / "agrpo.json"
+    return run_folder.read_json(path) if path.is_file() else {}
+
+
 def with_prompt(cfg: Config) -> Config:
     """The prompt settled: the one given, else the one this checkpoint was trained with here, else the published one."""
     if cfg.prompt:
         return cfg
-    saved = run_folder.in_run(Path(cfg.model)) / "agrpo.json"
-    known = run_folder.read_json(saved) if saved.is_file() else {}
+    known = saved_settings(cfg.model)
     style = known.get("prompt") or ("bare" if known or cfg.model in TINY else "agrpo")
     return dataclasses.replace(cfg, prompt=str(style), system_prompt=cfg.system_prompt or str(known.get("system_prompt", "")))
 
@@ -1491,6 +1510,8 @@ def with_model(cfg: Config, given: dict) -> Config:
             raise BadInput(f"{other[0]}: the adapter in {cfg.model} has {', '.join(f'{k} {v}' for k, v in own.items())}; "
                            "--lora-rank 0 trains all weights")
         cfg = dataclasses.replace(cfg, **own)
+    if cfg.model == "tiny" and cfg.model_block:
+        raise BadInput("--model-block: the model tiny attends in both directions, tiny-block in blocks")
     block = tiny_block(cfg) if cfg.model in TINY else checkpoint.block
     if not block and (cfg.method == "dipo" or cfg.update_block):
         raise BadInput(f"{'--method dipo' if cfg.method == 'dipo' else '--update-block'} needs a block-causal model (SDAR, --model tiny-block): "
@@ -1500,6 +1521,8 @@ def with_model(cfg: Config, given: dict) -> Config:
                  "eval_steps": str(cfg.eval_length or cfg.completion_length)}
         if given.get("unmasking", rule) != rule:
             raise BadInput(f"--controller {cfg.controller} goes with --unmasking {rule}")
+        if (had := saved_settings(cfg.model).get("controller", "off")) not in ("off", cfg.controller):
+            raise BadInput(f"--controller {cfg.controller}: {cfg.model} has a controller of another kind, {had}")
         cfg = dataclasses.replace(cfg, **{k: v for k, v in shape.items() if k not in given})
     if not block:
         return cfg
@@ -1574,6 +1597,9 @@ def validate(cfg: Config, training: bool = True):
          f"--position-term on goes with states as the sampler saw them: --method {cfg.method} scores others")
     need(cfg.value_model == "off" or cfg.method in ("exact", "tracerl", "dipo"),
          f"--value-model on needs a method that scores every step (exact, tracerl, dipo), not {cfg.method}")
+    need(cfg.value_model == "off" or cfg.controller == "off" or cfg.controller_training == "joint", "--controller-training alone trains no value model")
+    need(cfg.shrink == 1 or cfg.method == "tracerl", f"--shrink {cfg.shrink} goes with --method tracerl")
+    need(cfg.prompt_masking == 0 or cfg.method == "diffu-grpo", "--prompt-masking goes with --method diffu-grpo")
     need(cfg.prompt_masking < 1 and max(cfg.gamma, cfg.lam) <= 1, "--prompt-masking must be below 1, --gamma and --lam at most 1")
     need(not cfg.update_block or cfg.update_block % cfg.block_length == 0,
          f"--update-block {cfg.update_block} is not a multiple of the rollout's blocks of {cfg.block_length}")
@@ -1666,14 +1692,16 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
 
 def forecast(cfg: Config, folder: Path, examples: list, heldout: list, overwrite: bool) -> list:
     """The checks that need the checkpoint's small files; then what the run will cost, printed. Returns the rows to train on."""
-    tokenizer, everything = tiny_tokenizer(), examples + heldout
+    tokenizer = tiny_tokenizer()
+    context, mask_id = 256, tokenizer.mask_token_id
     if cfg.model not in TINY:
         checkpoint, tokenizer, adapter = open_checkpoint(cfg)
         if overwrite and any(folder.resolve() in place.resolve().parents for place in (checkpoint.folder, adapter or checkpoint.folder)):
             raise BadInput(f"--overwrite would delete {cfg.model}, the model to begin with: --name NAME starts another run")
-        length = check_context(checkpoint.config, tokenizer, cfg, everything)
+        context, mask_id = checkpoint.config.max_position_embeddings, checkpoint.mask_id
+        length = check_context(checkpoint.config, tokenizer, cfg, examples + heldout)
         print(run_folder.announce(checkpoint.config, cfg, length, device_for(cfg), processes()[1]), flush=True)
-    return sft_examples(tokenizer, cfg, examples) if cfg.sft else examples
+    return sft_examples(tokenizer, cfg, examples, context, mask_id) if cfg.sft else examples
 
 
 def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base: bool = False) -> int:

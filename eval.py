@@ -15,6 +15,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
@@ -529,16 +530,20 @@ def open_checkpoint(cfg, weights: bool = False):
     return checkpoint._replace(mask_id=mask_id), tokenizer, adapter
 
 
-def computed_again(forward: Callable) -> Callable:
-    """Gradient checkpointing: only the inputs of `forward` are kept, and it runs a second time in the backward pass."""
+def computed_again(layer) -> Callable:
+    """Gradient checkpointing: a forward that keeps only its inputs, and runs a second time in the backward pass. A method of the layer, so
+    that a copy of the layer has one of its own."""
+    import types
+
     import torch
     import torch.utils.checkpoint
 
-    def run(*args, **kwargs):
+    def forward(self, *args, **kwargs):
+        plain = functools.partial(type(self).forward, self)
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-    return run
+            return plain(*args, **kwargs)
+        return torch.utils.checkpoint.checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return types.MethodType(forward, layer)
 
 
 def add_adapter(model, rank: int, alpha: float, seed: int, name: str = "default"):
@@ -579,12 +584,17 @@ def save_controller(controller, folder: Path):
     save_file({k: v.detach().cpu().contiguous() for k, v in controller.state_dict().items()}, folder / "controller.safetensors")
 
 
-def read_controller(folder: Path) -> dict | None:
+def read_controller(folder: Path, width: int) -> dict | None:
     """The saved head of a sampler's controller beside a model, None if there is none. Raises BadInput."""
     from safetensors.torch import load_file
     path = folder / "controller.safetensors"
+    if not path.exists():
+        return None
     try:
-        return load_file(path) if path.is_file() else None
+        saved = load_file(path)
+        if {k: tuple(v.shape) for k, v in saved.items()} != {"weight": (1, width), "bias": (1,)}:
+            raise ValueError("not the head of this model")
+        return saved
     except Exception as error:
         raise BadInput(f"{path}: {first_line(error)}") from None
 
@@ -1109,6 +1119,8 @@ def settings_of(args) -> tuple:
     path = in_run(path)
     known = read_json(path / "agrpo.json") if (path / "agrpo.json").is_file() else {}
     task = given.get("task") or str(known.get("task", "sudoku"))
+    if fixed := {"threshold", "entropy_bound"} & given.keys() if given.get("controller", known.get("controller", "off")) != "off" else ():
+        raise BadInput(f"--{sorted(fixed)[0].replace('_', '-')}: the controller of {path} sets it; --controller off leaves it aside")
     given |= {"task": task, "model": str(path), "controller": given.get("controller") or str(known.get("controller", "off"))}
     if given["controller"] not in ("off", known.get("controller")):
         raise BadInput(f"--controller {given['controller']}: {path} has " + ("none" if known.get("controller", "off") == "off" else known["controller"]))

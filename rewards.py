@@ -795,11 +795,13 @@ def read_pairs(path: str) -> list[dict]:
     """The rows {"prompt", "completion"} of a file of JSON lines. Raises BadInput with file and line number."""
     rows, number = [], 0
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
             if line.strip():
-                rows.append(json.loads(line))
-                if not all(isinstance(rows[-1][name], str) and rows[-1][name] for name in ("prompt", "completion")):
-                    raise ValueError("prompt and completion must be text")
+                rows.append(json.loads(line.decode()))
+                for name in ("prompt", "completion"):
+                    if not isinstance(rows[-1][name], str) or not rows[-1][name]:
+                        raise ValueError("prompt and completion must be text")
+                    rows[-1][name].encode()                                  # no half of a surrogate pair
     except OSError as error:
         raise BadInput(f"cannot read --sft {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -50,7 +50,7 @@ def measure(name):
     net = LlamaForCausalLM(config)
     net = models.add_adapter(net, cfg.lora_rank, 64.0, 0) if cfg.lora_rank else net
     for layer in net.get_decoder().layers if cfg.gradient_checkpointing == "on" else ():
-        layer.forward = agrpo.computed_again(layer.forward)
+        layer.forward = agrpo.computed_again(layer)
     policy = agrpo.Policy(net, 5, 6)
     optimizer = agrpo.make_optimizer(policy, cfg)
     prompt, rows = torch.full((16, PROMPT), 7), range(16)

@@ -115,6 +115,29 @@ def test_dipo_is_the_exact_gradient_of_a_block_causal_denoiser(unmasking):
     assert (ratio - 1).abs().max() < 1e-12 and (got - want).norm() < 1e-12 * want.norm()
 
 
+@pytest.mark.parametrize("method", ["agrpo", "exact", "diffu-grpo", "diffpo", "tracerl", "dipo"])
+def test_with_larger_blocks_in_the_update_the_first_ratio_is_one(method):
+    cfg = dataclasses.replace(BLOCKS, method=method, update_block=8)
+    policy, _ = tiny_blocks()
+    traj, adv = ragged(policy, cfg), torch.randn(6, dtype=torch.float64)
+    policy.block = 8
+    views = agrpo.VIEWS[method](traj, adv, cfg, policy.mask_id, agrpo.generator(0))
+    loss, ratio = agrpo.policy_loss(policy, traj, views, adv, cfg)
+    assert (ratio == 1).all() and views.scored
+    policy.block = 4
+
+
+def test_dipo_never_shows_what_was_filled_in_after_the_end():
+    """A row that ends after its first block, read in larger blocks: what the sampler had not seen is MASK, as in tracerl's states."""
+    policy, _ = tiny_blocks()
+    cfg = dataclasses.replace(BLOCKS, update_block=8)
+    traj = ragged(policy, cfg, lengths=(8, 8))
+    traj.tokens[0, 4:], traj.reveal_step[0, 4:] = policy.eos_id, cfg.steps
+    dipo, trace = (agrpo.VIEWS[m](traj, None, cfg, policy.mask_id, None) for m in ("dipo", "tracerl"))
+    ours, theirs = (v.state[v.row == 0] for v in (dipo, trace))
+    assert torch.equal(ours[:, :8], theirs[:, :8]) and (ours[:, 4:8] == policy.mask_id).all()
+
+
 def test_diffu_grpo_masks_prompts_from_a_local_generator_and_counts_up_to_the_first_end():
     policy, _ = tiny()
     cfg = dataclasses.replace(CFG, method="diffu-grpo", prompt_masking=0.5, normalizer="length", position_term="off")
@@ -299,6 +322,65 @@ def test_the_reference_is_the_model_to_begin_with(tmp_path, rank):
     assert all(p.grad is None for p in policy.parameters() if not p.requires_grad)
 
 
+def test_every_completion_has_its_kl_term_also_those_without_an_advantage(monkeypatch):
+    """All rewards equal: what moves the policy is Eq. 4's KL alone, the same by all methods that score the visited states."""
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": 1.0})
+    norms = []
+    for method, K in (("exact", 1), ("tracerl", 1), ("agrpo", 8)):                       # K = T: every step is drawn
+        policy, tokenizer = tiny()
+        agrpo.keep_reference(policy)
+        moved(policy)
+        cfg = dataclasses.replace(CFG, method=method, mc_steps=K, kl=0.5, position_term="off", max_grad_norm=1e9)
+        optimizer = Watched(policy.model.parameters(), lr=0.0)
+        row = agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, cfg)
+        assert row["passes"] == 8 * 8
+        norms.append(row["grad_norm"])
+        for kind in ({"kl_reference": "old"}, {"kl": 0.0}):                              # these have no gradient, and cost no pass
+            assert agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, dataclasses.replace(cfg, **kind))["passes"] == 0
+    assert norms[0] > 1e-3 and all(abs(x / norms[0] - 1) < 1e-4 for x in norms)
+
+
+def test_gradient_checkpointing_does_not_share_layers_with_copies(tmp_path):
+    """A copied layer computes, and recomputes, with its own weights: value model and reference are the same with it and without."""
+    write_checkpoint(tmp_path / "model", "llada")
+    found = []
+    for checkpointing in ("off", "on"):
+        cfg = dataclasses.replace(CFG, task="gsm8k", completion_length=8, block_length=4, steps=4, position_term="off", kl=0.5, method="exact",
+                                  gradient_checkpointing=checkpointing)
+        policy, _ = agrpo.load_policy(str(tmp_path / "model"), "cpu", cfg, train=True)
+        agrpo.keep_reference(policy)
+        policy.value = agrpo.ValueModel(policy, cfg)
+        torch.nn.init.ones_(policy.value.head.weight)
+        prompt = torch.randint(200, (4, 5), generator=torch.Generator().manual_seed(0))
+        traj = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(4)])
+        views, adv = agrpo.exact_views(traj, None, cfg, policy.mask_id, None), torch.ones(4, dtype=torch.float64)
+        with torch.no_grad():
+            for p in policy.model.parameters():
+                p.mul_(1.1)
+        policy.value.loss(traj, views, torch.zeros(4, 8).double(), torch.ones(4, 8).double(), 0.2).backward()
+        assert all(p.grad is None for p in policy.model.parameters())
+        assert sum(p.grad is not None for p in policy.value.model.parameters()) == len(list(policy.value.model.parameters())) - 1      # not the LM head
+        found.append(gradient(policy, traj, views, adv, cfg))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
+def test_trained_on_from_an_adapter_the_reference_is_that_adapter(tmp_path):
+    write_checkpoint(tmp_path / "model", "llada")
+    cfg = dataclasses.replace(CFG, task="gsm8k", completion_length=8, block_length=4, steps=4, lora_rank=4, lora_alpha=8.0, position_term="off",
+                              model=str(tmp_path / "model"))
+    policy, tokenizer = agrpo.load_policy(cfg.model, "cpu", cfg, train=True)
+    for name, p in policy.named_parameters():
+        p.data.add_(0.1 * ("lora_B" in name))
+    agrpo.save_model(policy, tokenizer, tmp_path / "adapter", cfg)
+    prompt = torch.randint(200, (4, 5), generator=torch.Generator().manual_seed(0))
+    for rank in (4, 0):
+        again, _ = agrpo.load_policy(str(tmp_path / "adapter"), "cpu", dataclasses.replace(cfg, lora_rank=rank), train=True)
+        agrpo.keep_reference(again)
+        traj = agrpo.rollout(again, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(4)])
+        views = agrpo.exact_views(traj, None, cfg, again.mask_id, None)
+        assert torch.equal(agrpo.reference_logp(again, traj, views, cfg), agrpo.step_logp(again, traj, views, cfg)[0].detach())
+
+
 def test_clip_high_widens_the_upper_side_only():
     adv = torch.tensor([1.0, -1.0, 1.0, -1.0])
     logp = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5]))
@@ -405,6 +487,19 @@ def test_the_value_model_learns_what_states_expect_and_leaves_the_policy_alone(k
         back, _ = agrpo.load_policy(str(tmp_path / "saved"), "cpu")
         with torch.no_grad():
             assert torch.allclose(agrpo.step_logp(back, traj, views, cfg)[0], logp, atol=1e-5)
+
+
+def test_advantages_follow_the_steps_that_were_scored_whatever_the_method(monkeypatch):
+    """exact, dipo and tracerl without merging see the same steps, so the same advantages of a discounted reward."""
+    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": 1.0})
+    found, inner = [], agrpo.policy_loss
+    for method in ("exact", "tracerl", "dipo"):
+        policy, tokenizer = tiny_blocks()
+        cfg = dataclasses.replace(BLOCKS, method=method, advantage="none", value_model="on", gamma=0.9, lam=0.8)
+        policy.value = agrpo.ValueModel(policy, cfg).double()
+        monkeypatch.setattr(agrpo, "policy_loss", lambda p, t, v, a, c: found.append(a) or inner(p, t, v, a, c))
+        agrpo.train_step(policy, tokenizer, agrpo.make_optimizer(policy, cfg), examples(), 0, cfg)
+    assert torch.allclose(found[0], found[1]) and torch.allclose(found[0], found[2]) and len(found[0].unique()) > 5
 
 
 def test_a_value_model_gives_every_token_its_own_advantage(monkeypatch):
@@ -527,6 +622,14 @@ def test_a_rollout_with_the_block_cache_equals_one_without(unmasking):
     for k, v in vars(plain).items():
         if isinstance(v, torch.Tensor):
             assert torch.equal(vars(cached)[k], v) if v.dtype == torch.long else torch.allclose(vars(cached)[k], v, atol=1e-10), k
+
+
+def test_a_mask_token_in_the_prompt_does_not_mislead_the_block_cache():
+    policy, _ = tiny_blocks()
+    prompt = torch.randint(6, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    prompt[0, 3] = policy.mask_id
+    cached, plain = (agrpo.rollout(policy, prompt, torch.ones_like(prompt), dataclasses.replace(BLOCKS, block_cache=c), [(0,), (1,)]) for c in ("on", "off"))
+    assert torch.equal(cached.tokens, plain.tokens) and (cached.logp - plain.logp).abs().max() < 1e-10
 
 
 def test_the_block_cache_computes_two_blocks_a_call():
@@ -666,9 +769,20 @@ def test_a_controller_is_saved_with_the_model_and_used_by_eval(here, capsys, mon
     assert json.loads(Path("d.json").read_text())["results"][0]["nfe"] == 16.0
     policy, _ = agrpo.load_policy("runs/c/model", "cpu", dataclasses.replace(agrpo.Config(), controller="entropy"))
     assert float(policy.controller.weight.abs().max()) > 0
-    (Path("runs/c/model") / "controller.safetensors").write_bytes(b"no")
-    assert run_folder.main(["--model", "runs/c", "--limit", "8", "--out", "e.jsonl"]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert run_folder.main(["--model", "runs/c", "--limit", "8", "--entropy-bound", "1", "--out", "x.jsonl"]) == 2
+    assert "--controller off" in capsys.readouterr().err
+    assert go("--model", "runs/c", "--controller", "threshold", "--name", "other") == 2 and "another kind" in capsys.readouterr().err
+    from safetensors.torch import load_file, save_file
+    head = Path("runs/c/model/controller.safetensors")
+    saved = load_file(head)
+    save_file({**saved, "bias": saved["bias"] + 9.0}, head)                              # other weights, other completions: not those of the file
+    assert run_folder.main(["--model", "runs/c", "--limit", "8", "--out", "c.jsonl"]) == 2 and "weights" in capsys.readouterr().err
+    assert run_folder.main(["--model", "runs/c", "--limit", "8", "--out", "y.jsonl"]) == 0
+    assert json.loads(Path("y.json").read_text())["results"][0]["nfe"] == 1.0
+    for spoil in (lambda: head.write_bytes(b"no"), lambda: save_file({"weight": torch.ones(1, 7), "bias": torch.ones(1)}, head), head.unlink):
+        spoil()
+        assert run_folder.main(["--model", "runs/c", "--limit", "8", "--out", "e.jsonl"]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_sft_then_rl_in_two_commands(here, capsys):
@@ -682,6 +796,11 @@ def test_sft_then_rl_in_two_commands(here, capsys):
     assert dataclasses.replace(agrpo.config_for("countdown", "runs/r"), model="tiny") == agrpo.config_for("countdown", "tiny")
     assert go("--model", "runs/r", "--lora-rank", "4", "--name", "a") == 0 and go("--model", "runs/a", "--name", "b") == 0
     assert Path("runs/b/model/adapter_config.json").is_file()
+
+
+def test_an_sft_file_may_hold_any_line_separator_but_newline_inside_a_text(here):
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "1\u2028\u0085", "completion": "2"}, ensure_ascii=False) + "\r\n")
+    assert go("--sft", "pairs.jsonl", "--name", "s") == 0
 
 
 def test_sft_learns_the_answers(here):
@@ -714,13 +833,20 @@ BAD = [(["--method", "dipo"], "block-causal"), (["--update-block", "8"], "block-
        (["--sft", "nowhere.jsonl"], "--sft"), (["--sft", "bad.jsonl"], "bad.jsonl:2"), (["--sft", "empty.jsonl"], "no rows"), (["--is-cap", "-1"], "--is-cap"),
        (["--inner-epochs", "0"], "--inner-epochs"), (["--model", "tiny-block", "--block-length", "8"], "blocks of 4"), (["--kl", "nan"], "--kl"),
        (["--model", "tiny-block", "--task", "gsm8k"], "sudoku and countdown"), (["--sft", "gold", "--value-model", "on", "--method", "exact"], "--sft"),
-       (["--sft", "long.jsonl"], "all answers are longer")]
+       (["--sft", "long.jsonl"], "all answers are longer"), (["--sft", "mask.jsonl"], "row 2"), (["--sft", "half.jsonl"], "half.jsonl:1"),
+       (["--sft", "latin.jsonl"], "latin.jsonl:1"), (["--sft", "wide.jsonl"], "context is 256"), (["--sft", "."], "--sft"), (["--shrink", "2"], "tracerl"),
+       (["--prompt-masking", "0.1"], "diffu-grpo"), (["--model-block", "4"], "tiny-block"),
+       (["--controller", "entropy", "--controller-training", "alone", "--method", "exact", "--value-model", "on"], "value model")]
 
 
 @pytest.mark.parametrize("flags, word", BAD, ids=[" ".join(b[0]) for b in BAD])
 def test_bad_input_is_one_line_and_exit_code_2(here, flags, word, capsys):
     Path("bad.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"prompt": "1"}\n')
     Path("empty.jsonl").write_text("\n")
+    Path("mask.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"prompt": "1", "completion": "<mask>"}\n')
+    Path("half.jsonl").write_text('{"prompt": "1", "completion": "a\\ud800"}\n')
+    Path("latin.jsonl").write_bytes('{"prompt": "1", "completion": "\u00e9"}\n'.encode("latin-1"))
+    Path("wide.jsonl").write_text(json.dumps({"prompt": "1" * 300, "completion": "2"}) + "\n")
     Path("long.jsonl").write_text(json.dumps({"prompt": "1", "completion": "2" * 99}) + "\n")
     assert go("--name", "bad", *flags) == 2
     err = capsys.readouterr().err
