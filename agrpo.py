@@ -1119,7 +1119,7 @@ def gae(reward: Tensor, value: Tensor, step: Tensor, gamma: float, lam: float) -
 # --------------------------------------------------------------------------------------- a controller of the sampler (DiFFPO)
 # The sampler's threshold is drawn per completion, ease x ~ Normal(mu, sigma), mu = Linear(hidden state of the prompt's
 # last token); the head is not published, this one begins at the configured threshold. Given x the choice of positions is not random, but over
-# x it is, and its law depends on the model's confidences: x counted as one more action leaves that out, and the model's gradient is off by 18
+# x it is, and its law depends on the model's confidences: x counted as one more action leaves that out, and the model's gradient is off by 25
 # to 62 % on tables. So x is integrated out: at every step the same positions are revealed for all x between two edges, and
 #   (9)  log pi_pos(traj) = log [ Phi((high - mu) / sigma) - Phi((low - mu) / sigma) ],
 # the edges being levels of one step each. Its gradient trains head and model exactly (at the first update; later ones keep these two steps).

@@ -7,7 +7,9 @@
    expected reward for every row of UNMASK, with and without the position term; then bias and variance together.
 3. Methods: the same for every row of VIEWS, each at its best scale, with its variance times its passes.
 
-Named on the command line (variance_study, bias_study, total_error_study, method_study), only these.
+4. A threshold drawn by a controller, counted as one more action: how far that is off.
+
+Named on the command line (variance_study, bias_study, total_error_study, method_study, drawn_threshold_study), only these.
 """
 import csv
 import dataclasses
@@ -341,9 +343,37 @@ def method_study():
             print(f"| {arm} | {mine['block-causal', 'random']['passes']:.1f} | " + " | ".join(cells) + " |")
 
 
+def drawn_threshold_study():
+    """What a drawn threshold, counted as one more action, leaves out of the model's gradient: that its levels move. E[R] is a sum over the
+    intervals between the table's levels, of their mass times the enumerated mean reward there; autograd with the masses held still against all."""
+    rows, sigma, mean = [], 0.5, 0.5
+    for V in (2, 3):
+        for scale in (1.0, 2.0):
+            for seed in range(3):
+                cfg = agrpo.Config(completion_length=3, block_length=3, steps=3, temperature=1.0, unmasking="threshold")
+                policy = toy.TableDenoiser(3, V, seed=seed, scale=scale)
+                levels = (-policy.table.log_softmax(-1).amax(-1)).flatten()
+                levels = levels[levels.detach().argsort()]
+                levels = levels[torch.tensor([True, *(levels.diff().detach() > 1e-12)])]
+                normal, ends = torch.distributions.Normal(mean, sigma), levels.detach().tolist()
+                cut = [torch.zeros((), dtype=torch.float64), *map(normal.cdf, levels), torch.ones((), dtype=torch.float64)]
+                whole, still = 0.0, 0.0
+                for low, high, x in zip(cut, cut[1:], [ends[0] - 1, *((a + b) / 2 for a, b in zip(ends, ends[1:])), ends[-1] + 1]):
+                    if float((high - low).detach()) > 1e-12:
+                        found = toy.enumerate_trajectories(policy, dataclasses.replace(cfg, threshold=math.exp(-x)))
+                        J = sum(f[2] * toy.reward_of(f[0], V) * (1 - len(f[4]) / 4) ** 0.5 for f in found)
+                        whole, still = whole + (high - low) * J, still + (high - low).detach() * J
+                exact, without = (torch.autograd.grad(x, policy.table, retain_graph=True)[0] for x in (whole, still))
+                rows.append({"tokens": V, "scale": scale, "seed": seed, "relative_error": float((without - exact).norm() / exact.norm())})
+    write("drawn-threshold.csv", rows)
+    errors = [100 * r["relative_error"] for r in rows]
+    print(f"\na drawn threshold as one more action: the model's gradient is off by {min(errors):.0f} to {max(errors):.0f} %, median {statistics.median(errors):.0f} % "
+          f"({len(rows)} denoisers)")
+
+
 if __name__ == "__main__":
     clock = time.perf_counter()
-    for study in (variance_study, bias_study, total_error_study, method_study):
+    for study in (variance_study, bias_study, total_error_study, method_study, drawn_threshold_study):
         if len(sys.argv) == 1 or study.__name__ in sys.argv[1:]:
             study()
     print(f"\n{time.perf_counter() - clock:.0f} s")
