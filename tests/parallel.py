@@ -1,5 +1,6 @@
 """One training step, its gradient saved by the first process. Started by tests/test_parallel.py, alone or by torchrun:
-python tests/parallel.py MODEL_DIR OUT.pt lora|full|fsdp PROMPTS"""
+python tests/parallel.py MODEL_DIR OUT.pt lora|full|fsdp|value|controller|sft PROMPTS"""
+import dataclasses
 import gc
 import sys
 from pathlib import Path
@@ -18,11 +19,19 @@ def main(model, out, kind, prompts):
         accelerate.PartialState(cpu=True)
     torch.set_num_threads(1)
     cfg = agrpo.Config(task="countdown", model=model, prompt="bare", device="cpu", prompts=int(prompts), completions=4, completion_length=12, block_length=4,
-                       steps=6, mc_steps=2, unmasking="low_confidence", lora_rank=4 if kind == "lora" else 0, micro_batch=3, rollout_batch=5,
+                       steps=6, mc_steps=2, unmasking="low_confidence", lora_rank=4 if kind in ("lora", "value") else 0, micro_batch=3, rollout_batch=5,
                        max_grad_norm=1e9, gradient_checkpointing="on")
+    more = {"value": {"method": "tracerl", "value_model": "on", "kl": 0.1, "inner_epochs": 2, "position_term": "off"},
+            "controller": {"controller": "threshold", "threshold": 0.03, "unmasking": "threshold", "steps": 12, "dynamic_sampling": 2, "position_term": "off"},
+            "sft": {"sft": "gold", "micro_batch": 2}}
+    cfg = dataclasses.replace(cfg, **more.get(kind, {}))
     policy, tokenizer = agrpo.load_policy(model, "cpu", cfg, train=True)
     policy.double()
-    if kind == "lora":                                               # B is zero at first, and A would get no gradient
+    if kind == "value":
+        agrpo.keep_reference(policy)
+        policy.value = agrpo.ValueModel(policy, cfg).double()
+        torch.nn.init.constant_(policy.value.head.weight, 0.1)
+    if cfg.lora_rank:                                               # B is zero at first, and A would get no gradient
         for i, (name, p) in enumerate(sorted(policy.named_parameters())):
             if "lora_B" in name:
                 p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
@@ -37,7 +46,11 @@ def main(model, out, kind, prompts):
             return super().step(closure)
 
     optimizer = Watched([p for _, p in trained], lr=0.1)
-    row = agrpo.train_step(policy, tokenizer, optimizer, TASKS["countdown"].generate(8, 0, "train"), 0, cfg)
+    examples = TASKS["countdown"].generate(8, 0, "train")
+    if kind == "sft":
+        row = agrpo.sft_step(policy, tokenizer, optimizer, agrpo.sft_examples(tokenizer, cfg, examples, 4096, policy.mask_id), 0, cfg)
+    else:
+        row = agrpo.train_step(policy, tokenizer, optimizer, examples, 0, cfg)
     after = agrpo.run_folder.whole({name: p.data for name, p in trained})
     if agrpo.processes()[0] == 0:
         torch.save({"grads": grads, "after": after, "row": {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k}}, out)

@@ -30,7 +30,7 @@ def run(*command, processes=2):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("kind, prompts", [("lora", 4), ("full", 3), ("fsdp", 3)])
+@pytest.mark.parametrize("kind, prompts", [("lora", 4), ("full", 3), ("fsdp", 3), ("value", 3), ("controller", 3), ("sft", 3)])
 def test_two_processes_give_the_gradient_of_one(tmp_path, kind, prompts):
     """3 prompts do not divide: shares and numbers of passes differ between the processes."""
     write_checkpoint(tmp_path / "m", "llada")
@@ -41,8 +41,12 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, kind, prompts):
     for part in ("grads", "after"):
         a, b = (torch.cat([v.flatten() for v in x[part].values()]) for x in (one, two))
         assert a.norm() > 0.1 and (a - b).norm() < 1e-6 * a.norm() and one[part].keys() == two[part].keys()
+    assert one["row"].keys() == two["row"].keys() and one["row"]["grad_norm"] == pytest.approx(two["row"]["grad_norm"], rel=1e-6)
+    if kind == "sft":
+        assert one["row"]["loss"] == pytest.approx(two["row"]["loss"], rel=1e-9)
+        return
     assert one["row"]["passes"] == two["row"]["passes"] > 0 and one["row"]["reward"] == two["row"]["reward"]
-    assert one["row"]["grad_norm"] == pytest.approx(two["row"]["grad_norm"], rel=1e-6) and two["row"]["ratio"] == pytest.approx(1.0)
+    assert two["row"]["ratio"] == pytest.approx(one["row"]["ratio"]) and (kind == "value" or one["row"]["ratio"] == pytest.approx(1.0))
 
 
 def log_of(name):
