@@ -8,7 +8,8 @@ The algorithm in five lines:
     5. Weight each by 1/(Z x how often it is drawn on average), accumulate all gradients, then take one optimizer step.
 
 How to read it: part one, the first half, is AGRPO from settings to the loop, complete. Part two adds the other published methods as rows of the
-same tables: diffu-GRPO, DiFFPO, TraceRL, DiPO. Part three is loading, fine-tuning and the command line.
+same tables (diffu-GRPO, DiFFPO, TraceRL, DiPO), a value model, a controller of the sampler, block-causal attention and its cache. Part three is
+loading, fine-tuning and the command line.
 
 Commands:
     python agrpo.py                          a laptop, minutes: trains a tiny diffusion model, then improves it by AGRPO;
@@ -24,6 +25,7 @@ Glossary, symbol in the paper's sense = name here (equation numbers are this pro
     u reveal_step (N, C)               U_t target: positions with u == t          T steps, K mc_steps, Z normalizer
     A adv (N,)                         r ratio = exp(logp - logp_old)             B prompts x G completions = N rows
     C completion length                L block length                             V vocabulary, tau temperature
+    view: a state with the tokens to score on it      behaviour: the sampler as it was      ease: how much its threshold lets through
 
 Departs from the paper or its official code in (`--preset official` goes back in 2 to 5):
     1. where the order of unmasking depends on the model's random choices, its own log-probability is part of the likelihood
@@ -34,7 +36,7 @@ Departs from the paper or its official code in (`--preset official` goes back in
     4. rollouts unmask as evaluation does, by low confidence, not at random (theirs: `--unmasking random`);
     5. time steps are drawn over the whole batch, none twice, in proportion to the size of their gradient, with weights that
        keep the sum exact (theirs: `--timesteps batch_entropy`);
-    6. a finished row leaves the batch, zero-advantage groups are skipped, and MASK itself is never sampled.
+    6. a finished row leaves the batch, zero-advantage groups are skipped (unless a KL term acts), and MASK itself is never sampled.
 """
 import argparse
 import contextlib
@@ -104,29 +106,29 @@ class Config:
     dynamic_sampling: int = 0          # times that groups of equal rewards are replaced by those of other prompts [DiPO]
     # estimator and loss
     method: str = "agrpo"              # which states are scored: a row of VIEWS, with the settings of PUBLISHED
-    timesteps: str = "batch_gradient"  # how they are drawn [paper: batch_entropy]
+    timesteps: str = "batch_gradient"  # how agrpo's K time steps are drawn [paper: batch_entropy]
     mc_steps: int = 1                  # K time steps drawn per completion with an advantage, on average [paper: 24]
-    normalizer: str = "steps"          # Z: steps = T, constant; last_step = m of each completion [paper: last_step]
+    normalizer: str = "steps"          # Z: steps = T, constant; last_step = m of each completion; tokens of a completion, a state, the batch [paper: last_step]
     advantage: str = "std"             # of a reward within its group [paper: mean]
-    clip: float = 0.2                  # eps of Eq. 4
+    clip: float = 0.2                  # eps of Eq. 4; acts from the second inner epoch on [diffu-GRPO: 0.5]
     clip_high: float = 0.0             # eps above 1, where it is another; 0: as clip [DiPO: 0.28]
     kl: float = 0.0                    # beta of Eq. 4 [diffu-GRPO: 0.04, TraceRL: 0.01]
     kl_reference: str = "base"         # the model to begin with, or old: before the update, acts from the second inner epoch on [TraceRL: old]
-    inner_epochs: int = 1              # optimizer steps per rollout [diffu-GRPO: 12]
+    inner_epochs: int = 1              # optimizer steps per rollout [paper: 1, diffu-GRPO: 12]
     shrink: int = 1                    # tracerl: steps merged into one state [TraceRL: 8, block-causal 1]
     prompt_masking: float = 0.0        # diffu-grpo: share of the prompt's tokens masked [diffu-GRPO: 0.15]
-    is_cap: float = 0.0                # C of Eq. 7, truncates the weights surrogate / behaviour; 0: no such weights
+    is_cap: float = 0.0                # C of Eq. 7: tokens count probability when scored / when sampled times, at most C; 0: no such weights
     update_block: int = 0              # block-causal models: blocks of so many tokens in the update; 0: those of the rollout [TraceRL: larger]
     value_model: str = "off"           # on: per-token baselines (TraceRL); for methods that score every step
-    value_lr: float = 5e-4
+    value_lr: float = 5e-4             # of the value model
     gamma: float = 1.0                 # discount per step, for the value model
     lam: float = 1.0                   # lambda of its advantages
-    # a controller of the sampler (DiFFPO)
-    controller: str = "off"            # a threshold of the sampler per prompt: on each token's probability, or on entropy
+    # a controller of the sampler [DiFFPO]
+    controller: str = "off"            # a threshold of the sampler per prompt, on probability or on entropy; sets unmasking, steps, eval_steps
     controller_training: str = "joint"     # with the model, or alone: the model stays as it is
     controller_sigma: float = 0.5      # deviation of the threshold's logarithm, drawn in training
-    controller_lr: float = 0.02        # of its head
-    alpha: float = 0.5                 # then each part of the reward counts (1 - NFE / length)^alpha times
+    controller_lr: float = 0.02        # of the controller's head
+    alpha: float = 0.5                 # with a controller each part of the reward counts (1 - NFE / length)^alpha times
     reward_weights: str = ""           # of the reward's parts, such as correct=3,format=0.5; default: the published sums
     overlong_penalty: float = 0.0      # taken from the reward of a completion that fills its whole length ...
     overlong_from: float = 0.8         # ... rising from 0 at this share of it
@@ -523,7 +525,8 @@ def step_logp(policy, traj: Trajectory, views: "Views", cfg: Config):
     the log-probability (M,) of the choice of positions, None if the rule has none. One forward: the LM head is needed at
     the targets, and for a position law also at the open positions that lost."""
     row, state, target = views.row, views.state, views.target
-    law, where = UNMASK[cfg.unmasking].order_logp if cfg.position_term == "on" else None, target
+    visited = not views.scored and not views.packed                                  # the law of the choice is that of the state as visited
+    law, where = UNMASK[cfg.unmasking].order_logp if cfg.position_term == "on" and visited else None, target
     if law:
         offset = block_offset(policy, traj.prompt_mask[row])
         where = current_block(state, policy.mask_id, cfg.block_length, offset) & (state == policy.mask_id)
@@ -686,6 +689,7 @@ NORMALIZERS = {
 # A method is a row of VIEWS: (traj, adv (N,), cfg, mask_id, generator) -> the pieces of work that the loss scores. What differs is which
 # states are scored, and which tokens on each. Where the states are those that the sampler saw, the old log-probs are the recorded ones; for
 # the others (`scored`) the surrogate likelihood is another one than the sampler's, so old and new are both scored on the same views.
+# A method of your own: a function like exact_views, a row of VIEWS, and, if it has settings, a row of PUBLISHED.
 class Views(NamedTuple):
     """What a method scores: M pieces of work, one forward and backward row each."""
     row: Tensor                        # (M,) of the trajectory
@@ -909,7 +913,7 @@ def accumulate(loss_of: Callable, views: Views, policy, cfg: Config, ratios: lis
 
 
 def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Config) -> dict:
-    """One step of AGRPO, start to end; returns the row of the log."""
+    """One step of RL, start to end, the same for all methods; returns the row of the log."""
     # sample: B prompts, G completions each; reward and advantage
     clock = time.perf_counter()
     traj, reward, parts, solved = sample_groups(policy, tokenizer, examples, step, cfg)
@@ -998,7 +1002,7 @@ def dipo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torc
     N, C = u.shape
     block = (torch.arange(C, device=u.device) + traj.prompt_mask.sum(1, keepdim=True) % size) // size                # (N, C)
     same = block[:, :, None] == block[:, None, :]                                                                  # (N, C, C)
-    local = u - torch.where(same, u[:, None, :], cfg.steps).amin(2)                  # (N, C) the how-manieth step of its block
+    local = u - torch.where(same, u[:, None, :], cfg.steps).amin(2)                  # (N, C) which step of its block, from 0
     local = torch.where(u < cfg.steps, local, C)                                     # filled in after the end: no step of ours, and never seen
     row, step = (torch.arange(cfg.steps, device=u.device) <= local.masked_fill(local == C, -1).amax(1, keepdim=True)).nonzero(as_tuple=True)
     state = traj.tokens[row].masked_fill(local[row] >= step[:, None], mask_id)
@@ -1383,13 +1387,14 @@ def sft_examples(tokenizer, cfg: Config, examples: list, context: int, mask_id: 
         rows = [{"prompt": (row["prompt"], ""), "answer": row["completion"]} for row in read_pairs(cfg.sft)]
     ended, answers = end_of_turn(tokenizer) is not None, tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
     for number, ids in enumerate(answers, start=1):
-        if {mask_id, tokenizer.eos_token_id} & set(ids):
-            raise BadInput(f"--sft {cfg.sft}, row {number}: an answer holds the token of MASK or of the end, {rows[number - 1]['answer'][:60]!r}")
+        if {mask_id, tokenizer.eos_token_id, tokenizer.unk_token_id} & set(ids):
+            raise BadInput(f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of the end, or what the model has no token for, "
+                           f"{rows[number - 1]['answer'][:60]!r}")
     short = [row for row, ids in zip(rows, answers) if len(ids) + ended <= cfg.completion_length]
     if len(short) < len(rows):
-        say(f"{len(rows) - len(short)} of {len(rows)} answers have more than {cfg.completion_length} tokens and are left out")
+        say(f"left out: {len(rows) - len(short)} of {len(rows)} answers, of more than {cfg.completion_length} tokens")
     if not short:
-        raise BadInput(f"--completion-length {cfg.completion_length}: all answers are longer")
+        raise BadInput(f"--completion-length {cfg.completion_length}: all answers of --sft {cfg.sft} are longer, the shortest has {min(map(len, answers)) + ended} tokens")
     longest = encode_prompts(tokenizer, [row["prompt"] for row in short])[0].shape[1]
     if longest + cfg.completion_length > context:
         raise BadInput(f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a completion {cfg.completion_length}; the context is {context}")
@@ -1475,12 +1480,12 @@ def config_for(task: str, model: str = "", preset: str = "", method: str = "agrp
     model = model or ("tiny" if TASKS[task].lazy else LLADA)
     if kind := made_here(model):
         shape = {**TASK_SHAPES.get(task, {}), "lora_rank": RECIPE["lora_rank"] * (model not in TINY and find_adapter(model) is not None)}
-        sized, small = preset, {"shrink": min(TINY_SHRINK, PUBLISHED[method].get("shrink", 1))}
+        sized, small = preset, {"shrink": min(TINY_SHRINK, PUBLISHED.get(method, {}).get("shrink", 1))}
     else:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
         sized, small = preset if preset.endswith("gb") else "24gb" if memory < 60 else "80gb", {}
         shape = {**PRESETS[preset], **RECIPE}
-    return Config(**{"task": task, "model": model, "preset": preset, "method": method, **shape, **PUBLISHED[method], **small, **PRESETS[sized],
+    return Config(**{"task": task, "model": model, "preset": preset, "method": method, **shape, **PUBLISHED.get(method, {}), **small, **PRESETS[sized],
                      **((SFT if kind else SFT_RECIPE) if sft else {})})
 
 
@@ -1543,7 +1548,7 @@ def evaluation_config(cfg: Config) -> Config:
     """cfg with the sampler of EVALUATION, or the controller's, and the shape to evaluate with."""
     at = dataclasses.replace(cfg, completion_length=cfg.eval_length or cfg.completion_length,
                              block_length=cfg.eval_block_length or cfg.block_length, **EVALUATION)
-    return at if cfg.controller == "off" else dataclasses.replace(at, unmasking=CONTROLLERS[cfg.controller])
+    return at if cfg.controller == "off" else dataclasses.replace(at, unmasking=CONTROLLERS[cfg.controller], controller_sigma=1e-9)
 
 
 def steps_of(cfg: Config) -> list[int]:
@@ -1574,8 +1579,9 @@ def validate(cfg: Config, training: bool = True):
                             (at.completion_length, at.block_length, steps_of(cfg))):
         need(C % L == 0, f"completion length {C} is not a multiple of --block-length {L}")
         for steps in all_steps:
-            need(steps > 0 and C % steps == 0 and steps * L % C == 0,
-                 f"{steps} steps do not reveal equal parts of the {C} tokens, and of each block of {L}")
+            possible = [n for n in range(C, 0, -1) if C % n == 0 and n * L % C == 0]
+            need(steps in possible, f"{steps} steps do not reveal equal parts of the {C} tokens, and of each block of {L}; these do: "
+                 + ", ".join(map(str, possible)))
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k), "--top-p is at most 1, and needs --top-k: the support is stored as ids")
     need(cfg.completions > 1, "--completions must be at least 2: an advantage compares the completions of a prompt")
     need(max(cfg.threshold, cfg.base_lazy) <= 1, "--threshold and --base-lazy must be at most 1")
@@ -1592,17 +1598,18 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
     need(not cfg.quantize or device_for(cfg) != "cpu" and find_spec("bitsandbytes") and (cfg.lora_rank or not training),
          f"--quantize {cfg.quantize} needs a GPU, the package bitsandbytes and adapters (--lora-rank 64)")
-    visited = cfg.method in ("agrpo", "exact") or cfg.method == "tracerl" and cfg.shrink == 1
-    need(not training or cfg.position_term == "off" or not UNMASK[cfg.unmasking].order_logp or visited and not cfg.update_block,
-         f"--position-term on goes with states as the sampler saw them: --method {cfg.method} scores others")
+    need(not cfg.update_block or cfg.update_block % cfg.block_length == 0,
+         f"--update-block {cfg.update_block} is not a multiple of the rollout's blocks of {cfg.block_length}")
+    if training and cfg.position_term == "on" and UNMASK[cfg.unmasking].order_logp:
+        need(PUBLISHED.get(cfg.method, {}).get("position_term") != "off",
+             f"--position-term on goes with states as the sampler saw them (agrpo, exact), --method {cfg.method} scores tokens only")
+        need(not cfg.update_block, "--update-block needs --position-term off: the states are not as the sampler saw them")
     need(cfg.value_model == "off" or cfg.method in ("exact", "tracerl", "dipo"),
          f"--value-model on needs a method that scores every step (exact, tracerl, dipo), not {cfg.method}")
     need(cfg.value_model == "off" or cfg.controller == "off" or cfg.controller_training == "joint", "--controller-training alone trains no value model")
     need(cfg.shrink == 1 or cfg.method == "tracerl", f"--shrink {cfg.shrink} goes with --method tracerl")
     need(cfg.prompt_masking == 0 or cfg.method == "diffu-grpo", "--prompt-masking goes with --method diffu-grpo")
     need(cfg.prompt_masking < 1 and max(cfg.gamma, cfg.lam) <= 1, "--prompt-masking must be below 1, --gamma and --lam at most 1")
-    need(not cfg.update_block or cfg.update_block % cfg.block_length == 0,
-         f"--update-block {cfg.update_block} is not a multiple of the rollout's blocks of {cfg.block_length}")
     need(not cfg.sft or cfg.sft == "gold" or Path(cfg.sft).is_file(), f"--sft {cfg.sft}: gold, or a file of prompts and completions")
     need(not cfg.sft or cfg.controller == cfg.value_model == "off", "--sft trains no controller and no value model")
     need(cfg.controller == "off" or not cfg.update_block, "--controller goes without --update-block: its thresholds are those of the rollout")
@@ -1718,13 +1725,13 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
         shard(policy, device_for(cfg))
     seconds = {"base_model": time.perf_counter() - begin, "rollout": 0.0, "update": 0.0, "eval": 0.0}
     say(f"{cfg.model} model of {size[0]:.2f} M parameters{f', {size[1]:.2f} M of them trained' if size[1] < size[0] else ''}; {cfg.task}: "
-        f"{len(rows)} {'answers' if cfg.sft else 'examples'}, {len(heldout)} held out; {folder} (log.csv: a row a step)")
+        f"{len(rows)} {'answers to learn' if cfg.sft else 'examples'}, {len(heldout)} held out; {folder} (log.csv: a row a step)")
 
     if not once((folder / "eval_base.json").is_file):                                # a resumed run has it
         results = [evaluate(policy, tokenizer, cfg, heldout, n) for n in steps_of(cfg)]
         once(run_folder.write_json, folder / "eval_base.json", results)
     base = run_folder.read_json(folder / "eval_base.json", list)
-    say(f"base: {run_folder.percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} steps")
+    say(f"base: {run_folder.percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} steps, {base[0]['nfe']:.1f} denoiser calls")
     if not train(policy, tokenizer, cfg, folder, rows, heldout[:(len(heldout) + 1) // 2], seconds):
         say("stopped; the same command with --resume continues")
         return 130
@@ -1735,9 +1742,28 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
     return 0
 
 
+def default_name(cfg: Config) -> str:
+    """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the run apart from the plain one."""
+    begun = [cfg.model] if cfg.model == "tiny-block" else [f"on-{Path(cfg.model).name}"] if made_here(cfg.model) and cfg.model != "tiny" else []
+    what = ["sft"] if cfg.sft else [cfg.preset if cfg.preset and cfg.method == "agrpo" else cfg.method, *[cfg.preset] * (cfg.method != "agrpo" and cfg.preset != "")]
+    more = ["value"] * (cfg.value_model == "on") + [f"{cfg.controller}-{cfg.controller_training}"] * (cfg.controller != "off")
+    return "-".join([cfg.task, *begun, *what, *more, f"seed{cfg.seed}"])[:100]
+
+
+USED_WITH = {                          # flags that would be ignored without another one
+    "value_model": ("--value-model on", ("gamma", "lam", "value_lr"), lambda cfg: cfg.value_model == "on"),
+    "controller": ("--controller", ("alpha", "controller_training", "controller_sigma", "controller_lr"), lambda cfg: cfg.controller != "off"),
+    "agrpo": ("--method agrpo", ("mc_steps", "timesteps"), lambda cfg: cfg.method == "agrpo"),
+    "scored": ("states that the sampler did not see (diffu-grpo, diffpo, tracerl)", ("is_cap",), lambda cfg: cfg.method not in ("agrpo", "exact", "dipo")),
+    "official": ("--method agrpo", ("preset",), lambda cfg: cfg.preset != "official" or cfg.method == "agrpo"),
+}
+
+
 def parse(argv) -> tuple[Config, dict]:
     """The command line: every field of Config is a flag; what is not given comes from the preset, the recipe or the task's shape."""
-    parser = run_folder.Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sets = "\n".join(f"    --method {method:<11} {', '.join(f'{k} {v}' for k, v in settings.items())}" for method, settings in PUBLISHED.items() if settings)
+    parser = run_folder.Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                               epilog=f"set by the method, where no flag does:\n{sets}\n    --sft               {', '.join(f'{k} {v}' for k, v in SFT.items())}")
     run_folder.add_flags(parser, Config(), CHOICES, recipe=RECIPE)
     for flag, text in (("--resume", "continue runs/NAME"), ("--overwrite", "replace runs/NAME"),
                        ("--rebuild-base", "train the tiny base model again")):
@@ -1756,7 +1782,7 @@ def parse(argv) -> tuple[Config, dict]:
     if several and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         cfg = dataclasses.replace(cfg, fsdp="on")
     cfg = dataclasses.replace(cfg, **given)
-    cfg = dataclasses.replace(with_prompt(cfg), name=cfg.name or f"{cfg.task}-{'sft' if cfg.sft else cfg.preset or cfg.method}-seed{cfg.seed}")
+    cfg = dataclasses.replace(with_prompt(cfg), name=cfg.name or default_name(cfg))
     saved = Path("runs") / cfg.name / "config.json"
     if flags["resume"] and saved.is_file():                                          # the folder's settings, then the flags given
         cfg = dataclasses.replace(run_folder.read_settings(saved, Config), **{**given, "name": cfg.name})
@@ -1764,6 +1790,9 @@ def parse(argv) -> tuple[Config, dict]:
     elif flags["merge"] is None:
         cfg = with_model(cfg, given)
     validate(cfg)
+    for goes_with, names, used in USED_WITH.values():
+        if idle := [name for name in names if name in given and not used(cfg)]:
+            raise BadInput(f"--{idle[0].replace('_', '-')} {given[idle[0]]} goes with {goes_with}")
     return cfg, flags
 
 

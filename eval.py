@@ -269,16 +269,18 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     write_atomically(folder / "samples.txt", lambda f: f.write("\n".join(samples).encode()))
     rows = read_log(folder / "log.csv")
     if rows:
-        plot_curves(folder / "curve.png", [(rows, base[0], trained[0])], cfg.task, "fine-tuning" if cfg.sft else cfg.method)
+        plot_curves(folder / "curve.png", [(rows, base[0], trained[0])], cfg.task, "fine-tuning" if cfg.sft else
+                    "the controller" if cfg.controller != "off" and cfg.controller_training == "alone" else {"agrpo": "AGRPO"}.get(cfg.method, cfg.method))
     plot_frontier(folder / "frontier.png", {"base": base, "trained": trained}, cfg.task)
     short = [{k: r[0][k] for k in ("solved", "n", "ci95")} for r in (base, trained)]
-    by_steps = [{"steps": b["steps"], "nfe": t["nfe"], "base": b["solved"], "trained": t["solved"]} for b, t in zip(base, trained)]
+    by_steps = [{"steps": b["steps"], "nfe": t["nfe"], "base": b["solved"], "trained": t["solved"], "base_nfe": b["nfe"]} for b, t in zip(base, trained)]
     seconds = {k: round(v, 1) for k, v in {**seconds, "total": sum(seconds.values())}.items()}
     write_json(folder / "summary.json", {
         "task": cfg.task, "model": cfg.model, "method": "sft" if cfg.sft else cfg.method, "seed": cfg.seed, "base": short[0], "trained": short[1],
         "by_steps": by_steps, "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
     print(f"\n{cfg.task}, {base[0]['n']} held-out examples, greedy: solved (95 % interval)")
-    lines = [[b["steps"], f"{t['nfe']:.1f}", percent(b), percent(t)] for b, t in zip(base, trained)]
+    lines = [[b["steps"], f"{b['nfe']:.1f} -> {t['nfe']:.1f}" if abs(b["nfe"] - t["nfe"]) > 0.05 else f"{t['nfe']:.1f}", percent(b), percent(t)]
+             for b, t in zip(base, trained)]
     print(table(["steps", "NFE", "base", "trained"], lines))
     print(f"{len(rows)} training steps, {seconds['total']:.0f} s in all. Look at {folder}/{'curve' if rows else 'frontier'}.png and "
           f"{folder}/samples.txt")
@@ -759,7 +761,7 @@ def states_scored(cfg) -> float:
         return cfg.prompts
     blocks = cfg.completion_length // cfg.block_length
     each = {"agrpo": min(cfg.mc_steps, cfg.steps), "exact": cfg.steps, "diffu-grpo": 1, "diffpo": 2, "tracerl": -(-cfg.steps // cfg.shrink),
-            "dipo": 2 * min(cfg.block_length, -(-cfg.steps // blocks))}[cfg.method]  # dipo reads the completion twice
+            "dipo": 2 * min(cfg.block_length, -(-cfg.steps // blocks))}.get(cfg.method, cfg.steps)  # dipo reads the completion twice
     if cfg.controller != "off":
         each = 1 if cfg.controller_training == "alone" else each + 3
     extra = (cfg.kl > 0 and cfg.kl_reference == "base") / 3 + (cfg.value_model == "on")            # a forward; as much again
@@ -880,7 +882,7 @@ def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO")
             used = max(y, used + 0.05 * top)
             label_end(axis, minutes[-1], used, text, COLOUR[colour])
         axis.set_xlim(0, minutes[-1] * 1.35)
-        axis.set_ylim(0)
+        axis.set_ylim(0, max(top, used + 0.05 * top))
     figure(path, f"Does {method} make the model better at {task}?", "minutes of rollout and update", "solved, %", draw)
 
 
@@ -891,7 +893,7 @@ def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % i
             results = sorted(results, key=lambda r: r["nfe"])
             x, y = [r["nfe"] for r in results], [100 * r["solved"] for r in results]
             colour = COLOUR.get(name, OTHERS[place % len(OTHERS)])
-            axis.fill_between(x, *zip(*[[100 * c for c in r["ci95"]] for r in results]), color=colour, alpha=0.15, lw=0)
+            axis.fill_between(x, *zip(*[[100 * c for c in r["ci95"]] for r in results]), color=colour, alpha=0.15, lw=0 if len(x) > 1 else 3)
             axis.plot(x, y, color=colour, marker="o", lw=2)
             label_end(axis, x[-1], y[-1], name, colour)
         axis.margins(x=0.12)
@@ -1124,6 +1126,8 @@ def settings_of(args) -> tuple:
     given |= {"task": task, "model": str(path), "controller": given.get("controller") or str(known.get("controller", "off"))}
     if given["controller"] not in ("off", known.get("controller")):
         raise BadInput(f"--controller {given['controller']}: {path} has " + ("none" if known.get("controller", "off") == "off" else known["controller"]))
+    if given["controller"] != "off" and "unmasking" in given:
+        raise BadInput(f"--unmasking: {path} has a controller, {given['controller']}, that sets it; --controller off leaves it aside")
     cfg, shape = agrpo.config_for(task, str(path)), {}
     if known.get("task") == task:                                                    # the shape it was evaluated with in training
         known = {"completion_length": known.get("eval_length") or known.get("completion_length"),

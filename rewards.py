@@ -798,9 +798,11 @@ def read_pairs(path: str) -> list[dict]:
         for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
             if line.strip():
                 rows.append(json.loads(line.decode()))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError("one object a line")
                 for name in ("prompt", "completion"):
-                    if not isinstance(rows[-1][name], str) or not rows[-1][name]:
-                        raise ValueError("prompt and completion must be text")
+                    if not isinstance(rows[-1].get(name), str) or not rows[-1][name]:
+                        raise ValueError(f"no text {name!r} in it")
                     rows[-1][name].encode()                                  # no half of a surrogate pair
     except OSError as error:
         raise BadInput(f"cannot read --sft {path}: {error.strerror}") from None

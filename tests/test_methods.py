@@ -75,7 +75,7 @@ def test_the_replay_equals_the_recorded_log_probs_wherever_prompts_end(unmasking
 
 
 def test_blocks_counted_from_the_completion_would_not_replay():
-    """The oracle can fail: METHOD section 6 says by how much it is off if blocks are aligned at the response."""
+    """The oracle can fail: with blocks aligned at the response it is off."""
     policy, _ = tiny_blocks()
     traj = ragged(policy)
     lazy = dataclasses.replace(traj, prompt_mask=torch.ones_like(traj.prompt_mask) * 0 + (torch.arange(9) >= 1).long())    # 8 tokens each
@@ -204,7 +204,7 @@ class JointDenoiser(toy.TableDenoiser):
 
 
 def test_two_states_are_nearer_to_the_sampler_than_one():
-    """METHOD section 6: mean KL(true || surrogate) of a tabular joint, random order. Sampled by `rollout`, scored through the views,
+    """Mean KL(true || surrogate) of a tabular joint, random order. Sampled by `rollout`, scored through the views,
     against entropies of the joint: sum of marginals less the joint's for one state, the marginals of a random prefix and what it implies for
     the rest for two."""
     one, two, exact_one, exact_two = [], [], [], []
@@ -742,6 +742,25 @@ def test_the_published_settings_of_a_method_come_with_its_name_and_flags_win():
     assert agrpo.config_for("gsm8k", "x", "", "tracerl").shrink == 8
 
 
+def test_default_names_tell_runs_apart(here):
+    def name(*flags):
+        return agrpo.parse(list(flags))[0].name
+    assert name() == "sudoku-agrpo-seed0" and name("--preset", "official") == "sudoku-official-seed0" and name("--sft", "gold", "--seed", "2") == "sudoku-sft-seed2"
+    assert name("--method", "dipo", "--model", "tiny-block") == "sudoku-tiny-block-dipo-seed0"
+    assert name("--method", "exact", "--value-model", "on") == "sudoku-exact-value-seed0"
+    assert name("--controller", "entropy") == "sudoku-agrpo-entropy-joint-seed0"
+    assert go("--name", "first") == 0 and name("--model", "runs/first") == "sudoku-on-first-agrpo-seed0"
+
+
+def test_a_method_of_ones_own_is_a_function_and_a_row(here, monkeypatch):
+    """What the comment above Views promises: nothing else has to know of it."""
+    def last_step_views(traj, adv, cfg, mask_id, g):
+        return agrpo.views_where(torch.nn.functional.one_hot(traj.nfe - 1, cfg.steps).double(), traj, cfg, mask_id)
+    monkeypatch.setitem(agrpo.VIEWS, "last-step", last_step_views)
+    assert go("--method", "last-step") == 0 and len(rows_of("sudoku-last-step-seed0")) == 2
+    assert go("--method", "last-step", "--model", "runs/sudoku-last-step-seed0") == 0
+
+
 @pytest.mark.parametrize("flags", [["--method", m] for m in agrpo.VIEWS] + [["--controller", "entropy"], ["--sft", "gold"]], ids=" ".join)
 def test_the_estimate_counts_the_passes_that_a_step_makes(here, flags, monkeypatch):
     """Of the tiny models, where every group has an advantage: the logged passes of train_step, packed ones read twice the length."""
@@ -789,7 +808,7 @@ def test_sft_then_rl_in_two_commands(here, capsys):
     rows = [{"prompt": "1234", "completion": "12"}, {"prompt": "4321", "completion": "34"}, {"prompt": "1", "completion": "x" * 30}]
     Path("pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert go("--sft", "pairs.jsonl", "--name", "s") == 0
-    assert "1 of 3 answers have more than 16 tokens" in capsys.readouterr().out
+    assert "1 of 3 answers, of more than 16 tokens" in capsys.readouterr().out
     assert {"loss", "grad_norm"} <= rows_of("s")[0].keys() and float(rows_of("s")[0]["loss"]) > 0
     assert go("--model", "runs/s", "--name", "r") == 0                                   # the sizes are those of the model it began with
     assert Path("runs/r/model/config.json").is_file() and json.loads(Path("runs/r/config.json").read_text())["prompt"] == "bare"
@@ -829,13 +848,16 @@ def test_training_with_larger_blocks_then_rolling_out_with_them(here, capsys):
 BAD = [(["--method", "dipo"], "block-causal"), (["--update-block", "8"], "block-causal"), (["--method", "ppo"], "agrpo, exact, diffu-grpo"),
        (["--method", "diffpo", "--position-term", "on"], "--position-term"), (["--value-model", "on"], "scores every step"),
        (["--model", "tiny-block", "--method", "tracerl", "--update-block", "6"], "multiple"), (["--prompt-masking", "1"], "--prompt-masking"),
-       (["--gamma", "1.5"], "--gamma"), (["--controller", "threshold", "--unmasking", "random"], "--unmasking"), (["--controller", "x"], "entropy"),
-       (["--sft", "nowhere.jsonl"], "--sft"), (["--sft", "bad.jsonl"], "bad.jsonl:2"), (["--sft", "empty.jsonl"], "no rows"), (["--is-cap", "-1"], "--is-cap"),
+       (["--gamma", "1.5", "--value-model", "on", "--method", "exact"], "--gamma"), (["--controller", "threshold", "--unmasking", "random"], "--unmasking"), (["--controller", "x"], "entropy"),
+       (["--sft", "nowhere.jsonl"], "--sft"), (["--sft", "bad.jsonl"], "bad.jsonl:2"), (["--sft", "empty.jsonl"], "no rows"), (["--is-cap", "-1", "--method", "diffpo"], "--is-cap"),
        (["--inner-epochs", "0"], "--inner-epochs"), (["--model", "tiny-block", "--block-length", "8"], "blocks of 4"), (["--kl", "nan"], "--kl"),
        (["--model", "tiny-block", "--task", "gsm8k"], "sudoku and countdown"), (["--sft", "gold", "--value-model", "on", "--method", "exact"], "--sft"),
-       (["--sft", "long.jsonl"], "all answers are longer"), (["--sft", "mask.jsonl"], "row 2"), (["--sft", "half.jsonl"], "half.jsonl:1"),
+       (["--sft", "long.jsonl"], "are longer, the shortest has 99"), (["--sft", "mask.jsonl"], "answer 2"), (["--sft", "half.jsonl"], "half.jsonl:1"),
        (["--sft", "latin.jsonl"], "latin.jsonl:1"), (["--sft", "wide.jsonl"], "context is 256"), (["--sft", "."], "--sft"), (["--shrink", "2"], "tracerl"),
-       (["--prompt-masking", "0.1"], "diffu-grpo"), (["--model-block", "4"], "tiny-block"),
+       (["--prompt-masking", "0.1"], "diffu-grpo"), (["--gamma", "0.9"], "--value-model on"), (["--alpha", "1"], "--controller"),
+       (["--is-cap", "2"], "diffpo"), (["--method", "diffpo", "--mc-steps", "2"], "--method agrpo"), (["--method", "diffpo", "--preset", "official"], "--method agrpo"),
+       (["--model", "tiny-block", "--update-block", "6"], "multiple"), (["--model", "tiny-block", "--update-block", "8"], "--position-term off"),
+       (["--sft", "list.jsonl"], "one object"), (["--sft", "unknown.jsonl"], "no token for"), (["--model", "tiny-block", "--eval-steps", "16"], "20, 10, 5"), (["--model-block", "4"], "tiny-block"),
        (["--controller", "entropy", "--controller-training", "alone", "--method", "exact", "--value-model", "on"], "value model")]
 
 
@@ -844,6 +866,8 @@ def test_bad_input_is_one_line_and_exit_code_2(here, flags, word, capsys):
     Path("bad.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"prompt": "1"}\n')
     Path("empty.jsonl").write_text("\n")
     Path("mask.jsonl").write_text('{"prompt": "1", "completion": "2"}\n{"prompt": "1", "completion": "<mask>"}\n')
+    Path("list.jsonl").write_text('[1]\n')
+    Path("unknown.jsonl").write_text('{"prompt": "1", "completion": "\u00e9"}\n')
     Path("half.jsonl").write_text('{"prompt": "1", "completion": "a\\ud800"}\n')
     Path("latin.jsonl").write_bytes('{"prompt": "1", "completion": "\u00e9"}\n'.encode("latin-1"))
     Path("wide.jsonl").write_text(json.dumps({"prompt": "1" * 300, "completion": "2"}) + "\n")

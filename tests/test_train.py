@@ -237,7 +237,7 @@ def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, q
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) >= {"task", "model", "seed", "base", "trained", "by_steps", "seconds", "peak_memory_mb"}
     assert set(summary["seconds"]) == {"base_model", "rollout", "update", "eval", "total"} and set(summary["base"]) == {"solved", "n", "ci95"}
-    assert [set(x) for x in summary["by_steps"]] == [{"steps", "nfe", "base", "trained"}] * 2
+    assert [set(x) for x in summary["by_steps"]] == [{"steps", "nfe", "base", "trained", "base_nfe"}] * 2
     policy, tokenizer = agrpo.load_policy(str(folder / "model"), "cpu")
     saved = weights_of("x")["model"]
     assert all(torch.equal(v, saved[f"model.{k}"]) for k, v in policy.model.state_dict().items())

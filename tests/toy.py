@@ -1,6 +1,6 @@
 """The oracle of the tests: a table-lookup denoiser so small that every trajectory can be enumerated.
 
-The enumeration is written from METHOD Eq. 1, 2 and 6 with itertools and plain sums, and shares no code with agrpo.py.
+The enumeration is written from Eq. 1, 2 and 6 with itertools and plain sums, and shares no code with agrpo.py.
 """
 import itertools
 import math
