@@ -425,7 +425,10 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards_a_bounded_number_of_t
         equal.append(int((reward.view(3, 4).amax(1) == reward.view(3, 4).amin(1)).sum()))
     assert max(sampled) > 12 and sum(equal) < 8                                          # 12 of 24 groups without it
     monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": 1.0})
+    asked, inner = [], agrpo.sample
+    monkeypatch.setattr(agrpo, "sample", lambda p, t, batch, keys, c: asked.append((batch, keys)) or inner(p, t, batch, keys, c))
     assert len(agrpo.sample_groups(policy, tokenizer, puzzles, 0, cfg)[2]) == 36         # bounded
+    assert asked[0][0] != asked[1][0] != asked[2][0] and len({key for _, keys in asked for key in keys}) == 36       # other prompts, other noise
 
 
 # ------------------------------------------------------------------------------------------------------------- the value model
