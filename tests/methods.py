@@ -1,6 +1,6 @@
-"""Compare methods over seeds. Run: python tests/methods.py time (on an idle machine), then python tests/methods.py runs/*
+"""Compare methods over seeds. Run: python tests/methods.py time, then python tests/methods.py runs/*
 
-`time` measures seconds a step of every method, each alone, one thread, and writes assets/methods-pace.csv. With finished runs that differ in
+`time` measures processor seconds a step of every method, one thread, and writes assets/methods-pace.csv. With finished runs that differ in
 --method, it writes assets/methods.csv and a figure per task and model, and prints the tables: held-out share (half of the held-out examples,
 every --eval-every steps) after equal time (steps x pace), after equal numbers of passes (states scored with a gradient), and at the end.
 Runs of `--controller` make the frontier: assets/controller.csv and its figure, with `--unmasking entropy_bound` evaluations of the others.
@@ -22,8 +22,8 @@ COLOUR = {"agrpo": "#0b62a4", "exact": "#7fb3d5", "dipo": "#2e8b57", "tracerl": 
 STYLE = {"exact": "--", "tracerl": ":", "diffpo": "-."}                              # so that grey print tells them apart
 
 
-def pace(steps: int = 6):
-    """Seconds of rollout and of update a step, the first left out: each method alone."""
+def pace(steps: int = 5):
+    """Seconds a step of rollout and update on one thread, in processor time, so that other work on the machine does not count; median without the first."""
     import torch
     torch.set_num_threads(1)
     rows = []
@@ -37,9 +37,13 @@ def pace(steps: int = 6):
                 if cfg.kl and cfg.kl_reference == "base":
                     agrpo.keep_reference(policy)
                 optimizer, examples = agrpo.make_optimizer(policy, cfg), agrpo.load_examples(task, 512, 0, "train")
-                log = [agrpo.train_step(policy, tokenizer, optimizer, examples, step, cfg) for step in range(steps)][1:]
-                rows.append({"task": task, "model": model, "method": method, "steps": len(log), "passes": statistics.mean(r["passes"] for r in log),
-                             **{k: f"{statistics.median(r[k] for r in log):.3f}" for k in ("rollout_seconds", "update_seconds")}})
+                spent, passes = [], []
+                for step in range(steps):
+                    clock = time.process_time()
+                    passes.append(agrpo.train_step(policy, tokenizer, optimizer, examples, step, cfg)["passes"])
+                    spent.append(time.process_time() - clock)
+                rows.append({"task": task, "model": model, "method": method, "steps": steps - 1, "passes": statistics.mean(passes[1:]),
+                             "seconds": f"{statistics.median(spent[1:]):.3f}"})
                 print(rows[-1], flush=True)
     with open(ASSETS / "methods-pace.csv", "w", newline="") as f:
         out = csv.DictWriter(f, rows[0], lineterminator="\n")
@@ -49,7 +53,7 @@ def pace(steps: int = 6):
 
 def seconds_a_step() -> dict:
     with open(ASSETS / "methods-pace.csv") as f:
-        return {(r["task"], r["model"], r["method"]): float(r["rollout_seconds"]) + float(r["update_seconds"]) for r in csv.DictReader(f)}
+        return {(r["task"], r["model"], r["method"]): float(r["seconds"]) for r in csv.DictReader(f)}
 
 
 def load(folder: Path, paces: dict) -> dict:
@@ -77,7 +81,7 @@ def compare(runs: list):
     for task, model in sorted({run["key"][:2] for run in runs}):
         mine = [run for run in runs if run["key"][:2] == (task, model)]
         budget, passes = min(run["seconds"][-1][0] for run in mine), min(run["by_passes"][-1][0] for run in mine)
-        print(f"\n{task}, --model {model}: held-out solved, %, mean +- sd over seeds\n")
+        print(f"\n{task}, --model {model}: base {spread([100 * run['curve'][0][3] for run in mine if run['key'][2] == 'agrpo'])}; held-out solved, %, mean +- sd over seeds\n")
         print(f"| method | seeds | after {budget:.0f} s | after {passes} passes | steps | after these, all held-out | NFE | seconds a step | passes a step |\n" + "|---" * 9 + "|")
         for method in COLOUR:
             if own := sorted((run for run in mine if run["key"][2] == method), key=lambda run: run["seed"]):
@@ -101,7 +105,20 @@ def compare(runs: list):
             axis.set_xlim(0, budget * 1.25)
             axis.set_ylim(0)
         evaluation.figure(ASSETS / f"methods-{task}-{model}.png", f"Which method learns {task} fastest? --model {model}",
-                          "seconds of rollout and update (mean of seeds, band: lowest and highest)", "held out, greedy: solved, %", draw)
+                          "seconds of rollout and update, one thread (mean of seeds, band: lowest and highest)", "held out, greedy: solved, %", draw)
+
+
+def together(runs: list):
+    """One table of all: per task and model, held-out share after equal time and after equal passes."""
+    parts = sorted({run["key"][:2] for run in runs}, reverse=True)
+    limits = {part: [min(run[k][-1][0] for run in runs if run["key"][:2] == part) for k in ("seconds", "by_passes")] for part in parts}
+    print("\n| method | " + " | ".join(f"{t}, {m}: after {limits[t, m][0]:.0f} s | after {limits[t, m][1]} passes" for t, m in parts) + " |\n" + "|---" * (1 + 2 * len(parts)) + "|")
+    for method in COLOUR:
+        cells = []
+        for part in parts:
+            own = [run for run in runs if run["key"] == (*part, method)]
+            cells += [spread([100 * at(run[k], limit) for run in own]) if own else "" for k, limit in zip(("seconds", "by_passes"), limits[part])]
+        print(f"| {method} | " + " | ".join(cells) + " |")
 
 
 def frontier(folders: list, evaluations: list):
@@ -150,6 +167,8 @@ if __name__ == "__main__":
         finished = [Path(f) for f in sorted(sys.argv[1:]) if (Path(f) / "summary.json").is_file()]
         settings = [json.loads((f / "config.json").read_text()) for f in finished]
         paces = seconds_a_step()
-        compare([load(f, paces) for f, cfg in zip(finished, settings) if cfg.get("controller", "off") == "off" and not cfg.get("sft")])
+        plain = [load(f, paces) for f, cfg in zip(finished, settings) if cfg.get("controller", "off") == "off" and not cfg.get("sft")]
+        compare(plain)
+        together(plain)
         if controlled := [f for f, cfg in zip(finished, settings) if cfg.get("controller", "off") != "off"]:
             frontier(controlled, [f for f in sys.argv[1:] if f.endswith(".json")])
