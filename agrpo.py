@@ -184,8 +184,8 @@ PUBLISHED = {                          # --method: what it was published with, w
     "dipo": {"position_term": "off", "normalizer": "batch_tokens", "clip_high": 0.28, "dynamic_sampling": 3},
 }
 TINY_SHRINK = 2                        # 8 of 128 steps would be half a step of the tiny model's 8
-SFT = {"method": "exact", "lr": 1e-3, "max_steps": 400, "prompts": 32, "completions": 2, "warmup": 40, "decay_steps": 400}  # tiny
-SFT_RECIPE = {"method": "exact", "lr": 1e-5, "max_steps": 1000, "completions": 2, "warmup": 20, "decay_steps": 1000, "prompts": 16}
+SFT = {"lr": 1e-3, "max_steps": 400, "prompts": 32, "warmup": 40, "decay_steps": 400}            # --sft, tiny models; a step is `prompts` rows
+SFT_RECIPE = {"lr": 1e-5, "max_steps": 1000, "prompts": 16, "warmup": 20, "decay_steps": 1000}   # ... checkpoints
 
 PRESETS = {                            # --preset; flags win over it
     "": {},
@@ -834,7 +834,8 @@ def share(views: Views, equal: bool) -> Views:
     rank, world = processes()
     if equal and (extra := -len(views.row) % world):
         again = views.select(torch.arange(extra, device=views.row.device) % max(1, len(views.row)))
-        views = Views(*(torch.cat(pair) for pair in zip(views, again._replace(weight=torch.zeros_like(again.weight)))))
+        again = again._replace(weight=torch.zeros_like(again.weight))
+        views = Views(*(torch.cat(pair) if isinstance(pair[0], Tensor) else pair[0] for pair in zip(views, again)))
     return views.select(slice(rank, None, world))
 
 
@@ -966,7 +967,7 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
 # ==================================================================================== part two: the other methods, in the same frame
 def diffu_grpo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
     """diffu-GRPO (d1, arXiv 2504.12216): all tokens at once from a completion that is all MASK, one forward; the prompt's tokens are
-    masked at random, anew for every update, which is to make the one-step likelihood less of the same."""
+    masked at random, anew for every update: noise against overfitting where one rollout serves many of them."""
     row = torch.arange(len(traj.tokens), device=traj.tokens.device)
     hide = (torch.rand(traj.prompt.shape, generator=g) < cfg.prompt_masking).to(row.device) & traj.prompt_mask.bool()
     return make_views(traj, row, torch.zeros_like(row), torch.full_like(traj.tokens, mask_id), traj.counted, 1.0, cfg,
@@ -988,7 +989,7 @@ def tracerl_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: t
     every = torch.arange(cfg.steps)
     row, step = (steps_below_horizon(traj, cfg) & (every % cfg.shrink == 0)).nonzero(as_tuple=True)
     row, step = row.to(traj.tokens.device), step.to(traj.tokens.device)
-    state, first = state_at(traj, row, step, mask_id)
+    state, _ = state_at(traj, row, step, mask_id)
     u = traj.reveal_step[row]
     merged = (u >= step[:, None]) & (u < step[:, None] + cfg.shrink) & (u < cfg.steps)
     return make_views(traj, row, step, state, merged, 1.0, cfg, scored=cfg.shrink > 1 or cfg.update_block > 0)
@@ -1131,6 +1132,7 @@ CONTROLLERS = {"off": "", "threshold": "threshold", "entropy": "entropy_bound"} 
 
 
 def add_controller(policy, cfg: Config, saved: dict | None = None):
+    """policy.controller: hidden state (N, width) -> mu (N, 1), saved or, for every prompt, the configured threshold's."""
     head = policy.model.get_output_embeddings().weight
     policy.controller = torch.nn.Linear(head.shape[1], 1, device=head.device)
     torch.nn.init.zeros_(policy.controller.weight)

@@ -381,6 +381,22 @@ def test_trained_on_from_an_adapter_the_reference_is_that_adapter(tmp_path):
         assert torch.equal(agrpo.reference_logp(again, traj, views, cfg), agrpo.step_logp(again, traj, views, cfg)[0].detach())
 
 
+@pytest.mark.parametrize("method", agrpo.VIEWS)
+def test_shares_of_the_views_make_the_whole_also_where_all_must_be_equal(method, monkeypatch):
+    """Sharded weights want as many forwards on every process: what is dealt again weighs nothing, whatever a method's views hold."""
+    policy, _ = tiny_blocks()
+    traj, adv = ragged(policy), torch.ones(6, dtype=torch.float64)
+    views = agrpo.VIEWS[method](traj, adv, BLOCKS, policy.mask_id, agrpo.generator(0))
+    views = views.select(slice(0, 5))._replace(logp_old=torch.zeros(5, 20) if views.scored else None)
+    for equal in (False, True):
+        parts = []
+        for rank in range(3):
+            monkeypatch.setattr(agrpo, "processes", lambda: (rank, 3))
+            parts.append(agrpo.share(views, equal))
+        assert {len(p.row) for p in parts} == ({2} if equal else {1, 2}) and all(p.packed == views.packed and p.scored == views.scored for p in parts)
+        assert sum(float(p.weight.sum()) for p in parts) == pytest.approx(float(views.weight.sum()))
+
+
 def test_clip_high_widens_the_upper_side_only():
     adv = torch.tensor([1.0, -1.0, 1.0, -1.0])
     logp = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5]))
