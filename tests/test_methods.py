@@ -508,6 +508,24 @@ def test_the_value_model_learns_what_states_expect_and_leaves_the_policy_alone(k
             assert torch.allclose(agrpo.step_logp(back, traj, views, cfg)[0], logp, atol=1e-5)
 
 
+def test_the_value_loss_is_its_definition_weighted_as_the_policys():
+    """Token by token: 1/2 max((V - R)^2, (V_clip - R)^2), of weights that differ from view to view, over N."""
+    policy, _ = tiny_blocks()
+    cfg = dataclasses.replace(BLOCKS, normalizer="state_tokens", unmasking="threshold", threshold=0.03, steps=20)
+    traj = ragged(policy, cfg)
+    views = agrpo.tracerl_views(traj, None, cfg, policy.mask_id, None)
+    value = agrpo.ValueModel(policy, cfg).double()
+    torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
+    now, g = value.of(traj, views, 7), torch.Generator().manual_seed(1)
+    old, returns = (now + 0.5 * torch.randn(now.shape, generator=g).double() for _ in range(2))
+    want = 0.0
+    for row, target, weight in zip(views.row.tolist(), views.target, views.weight.tolist()):
+        for j in target.nonzero()[:, 0].tolist():
+            V, V0, R = float(now[row, j]), float(old[row, j]), float(returns[row, j])
+            want += weight * 0.5 * max((V - R) ** 2, (V0 + min(max(V - V0, -0.2), 0.2) - R) ** 2) / 6
+    assert len(views.weight.unique()) > 1 and float(value.loss(traj, views, old, returns, 0.2).detach()) == pytest.approx(want, rel=1e-9)
+
+
 def test_advantages_follow_the_steps_that_were_scored_whatever_the_method(monkeypatch):
     """exact, dipo and tracerl without merging see the same steps, so the same advantages of a discounted reward."""
     monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": 1.0})
