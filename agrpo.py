@@ -42,6 +42,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -65,7 +66,7 @@ import eval as run_folder              # evaluation, figures and the files of a 
 from eval import (SMALL, adapter_shape, add_adapter, anyone, base_of, computed_again, encode_prompts, end_of_turn, everyones,
                   load_adapter, load_model, merge, once, open_checkpoint, parameter_count, processes, read_controller, save_controller,
                   save_weights, say, tiny_model, tiny_tokenizer)
-from rewards import (FORMATS, TASKS, BadInput, gold_completion, grade, load_examples, load_split, overlong, prompt_for, read_pairs, read_weights,
+from rewards import (FORMATS, TASKS, BadInput, gold_completion, grade, graders, load_examples, load_split, overlong, prompt_for, read_pairs, read_weights,
                      reward_parts)
 
 
@@ -102,7 +103,8 @@ class Config:
     temperature: float = 1.0           # tau [paper: 0.6]
     top_k: int = 0                     # sample among the k likeliest tokens; 0: all [paper: 150]
     top_p: float = 1.0                 # ... and among the fewest that hold this much probability; needs top_k [paper: 0.99]
-    block_cache: str = "on"            # block-causal models: keys and values of finished blocks are kept; exact
+    cache: str = "none"                # of keys and values. prefix, dual: of models that attend in both directions, approximate, the update
+                                       # corrects (is_cap); block: of block-causal ones, exact, the default there
     dynamic_sampling: int = 0          # times that groups of equal rewards are replaced by those of other prompts [DiPO]
     # estimator and loss
     method: str = "agrpo"              # which states are scored: a row of VIEWS, with the settings of PUBLISHED
@@ -117,7 +119,8 @@ class Config:
     inner_epochs: int = 1              # optimizer steps per rollout [paper: 1, diffu-GRPO: 12]
     shrink: int = 1                    # tracerl: steps merged into one state [TraceRL: 8, block-causal 1]
     prompt_masking: float = 0.0        # diffu-grpo: share of the prompt's tokens masked [diffu-GRPO: 0.15]
-    is_cap: float = 0.0                # C of Eq. 7: tokens count probability when scored / when sampled times, at most C; 0: no such weights
+    is_cap: float = 0.0                # C of Eq. 7 and 10: what was sampled by another law counts probability / probability times, at most C; 0: once
+    is_level: str = "completion"       # what is weighted after rollouts with a cache: whole completions, unbiased, or each step by itself
     update_block: int = 0              # block-causal models: blocks of so many tokens in the update; 0: those of the rollout [TraceRL: larger]
     value_model: str = "off"           # on: per-token baselines (TraceRL); for methods that score every step
     value_lr: float = 5e-4             # of the value model
@@ -141,8 +144,9 @@ class Config:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     rollout_batch: int = 256           # completions denoised at once; this and the next two change memory, never the gradient
-    micro_batch: int = 256             # rows per forward and backward
-    gradient_checkpointing: str = "off"    # on: a layer's activations are computed again in the backward pass
+    tokens_per_pass: int = 12288       # prompt and completion tokens per forward and backward: as many views as fit, at least one
+    gradient_checkpointing: str = "auto"   # on: a layer's activations are computed again in the backward pass; auto: if memory would not suffice
+    compile: str = "off"               # on: torch.compile of the model
     fsdp: str = "off"                  # on: processes share the weights too, for full fine-tuning (as by accelerate launch --use_fsdp)
     # evaluation and run folder
     eval_examples: int = 512           # held-out examples before and after
@@ -191,8 +195,8 @@ PRESETS = {                            # --preset; flags win over it
     "": {},
     "official": {"unmasking": "random", "timesteps": "batch_entropy", "mc_steps": 2, "normalizer": "last_step", "advantage": "mean"},
     # 24 of 128 steps there, 2 of 8 here
-    "24gb": {"rollout_batch": 8, "micro_batch": 4, "gradient_checkpointing": "on"},  # the default below 60 GB
-    "80gb": {"rollout_batch": 64, "micro_batch": 8, "gradient_checkpointing": "off"},    # ... and above
+    "24gb": {"rollout_batch": 8, "tokens_per_pass": 2048},                           # the default below 60 GB
+    "80gb": {"rollout_batch": 64, "tokens_per_pass": 4096},                          # ... and above
 }
 
 
@@ -206,13 +210,13 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model, self.mask_id, self.eos_id, self.turn_id, self.shift, self.block = model, mask_id, eos_id, turn_id, shift, block
         self.sharded = False                                                         # by FSDP: see shard
-        self.flex = False                                                            # FlexAttention for the masks of blocks: on GPUs
+        self.flex, self.compiled = False, None                                       # FlexAttention for the masks of blocks: on GPUs; --compile
         self.controller = self.value = self.reference = None                         # see add_controller, ValueModel, keep_reference
         self.eval()                                                                  # dropout would break ratio = 1
 
     def logits(self, prompt: Tensor, prompt_mask: Tensor, state: Tensor, where: Tensor, clean: Tensor | None = None, cache=None,
                with_ease: bool = False):
-        """prompt, prompt_mask (N, P); state (N, C) ids; where (N, C) bool -> (n, V) float32, n = where.sum(), row-major.
+        """prompt, prompt_mask (N, P); state (N, C) ids; where (N, C) bool, or its n indices -> (n, V) float32, row-major.
 
         The LM head runs only at `where`, in float32. Padding is masked and positions count from the first real token, so that
         a padded row scores as it does alone. MASK gets -inf: it is no token to sample. For block-causal models: with `clean` (N, C), the
@@ -228,8 +232,7 @@ class Policy(torch.nn.Module):
         at = hidden[:, 1 - self.shift:][:, :state.shape[1]][where]                   # (n, width)
         dtype = torch.promote_types(at.dtype, torch.float32)                         # bfloat16 logits would be off by 0.1 nats
         logits = torch.nn.functional.linear(at.to(dtype), head.weight.to(dtype))     # (n, V)
-        mask_column = torch.arange(logits.shape[1], device=logits.device) == self.mask_id
-        logits = logits.masked_fill(mask_column, -math.inf)
+        logits[:, self.mask_id] = -math.inf                                          # in place: a copy of (n, V) would cost as much as the sampler
         return (logits, self.controller(hidden[:, 0].to(dtype)).squeeze(1)) if with_ease else logits
 
     def hidden(self, prompt, prompt_mask, state, clean=None, cache=None) -> Tensor:
@@ -245,7 +248,10 @@ class Policy(torch.nn.Module):
             ids = torch.cat([prompt, clean, ids[:, P - tail:]], 1)
             real, positions = (torch.cat([x, x[:, P - tail:]], 1) for x in (real, positions))
             noisy = torch.arange(ids.shape[1], device=ids.device) >= P + C
-        mask = block_mask(block_rule(positions // self.block, real.bool(), noisy), *ids.shape, ids.device, self.flex) if self.block else real
+        if self.block:
+            mask = block_mask(block_rule(positions // self.block, real.bool(), noisy), *ids.shape, ids.device, self.flex)
+        else:                                                                        # (N, 1, S, S); of a mask (N, S) the library asks whether it hides anything, and waits
+            mask = real.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)
         return self.decode(ids, mask, positions)[:, -1 - C:]
 
     def decode(self, ids, attention_mask, positions, cache=None) -> Tensor:
@@ -254,7 +260,7 @@ class Policy(torch.nn.Module):
         if self.block:
             decoder.config._attn_implementation = "sdpa" if isinstance(attention_mask, Tensor) else "flex_attention"
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            return decoder(input_ids=ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache).last_hidden_state
+            return (self.compiled or decoder)(input_ids=ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache).last_hidden_state
 
     def wait_for_others(self):
         """Sharded weights travel between processes in every forward, so all must make equally many: one that has finished its
@@ -272,39 +278,85 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def sampling_law(logits: Tensor, cfg: Config, support: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Eq. 2: logits (n, V) -> log-probs (n, V) of the tempered, truncated law, and its support ids (n, k), V = none.
+class LogSumExp(torch.autograd.Function):
+    """z (n, k) -> log sum exp z (n,), and softmax z (n, k), which carries no gradient. By way of the softmax it is one pass over z; its
+    gradient is the softmax, which is there already."""
 
-    The support is found by top-k, then top-p (the token that crosses p stays in), unless given: the update passes the
-    one of the rollout. None means the whole vocabulary. At temperature 0 the law puts all on the likeliest token."""
-    z, V = logits / (cfg.temperature or 1.0), logits.shape[-1]
-    if cfg.temperature == 0:
-        support = z.argmax(-1, keepdim=True)
-    elif support is None and cfg.top_k:
-        top, support = z.topk(min(cfg.top_k, V), dim=-1)                             # (n, k) in descending order
-        p = top.softmax(-1)
-        support = support.masked_fill(p.cumsum(-1) - p >= cfg.top_p, V)              # the mass before it already reached p
-    if support is not None:
-        allowed = torch.zeros(len(z), V + 1, dtype=torch.bool, device=z.device).scatter_(1, support, True)[:, :V]
-        z = z.masked_fill(~allowed, -math.inf)
-    return z.log_softmax(-1), support
+    @staticmethod
+    def forward(ctx, z):
+        p = z.softmax(-1)
+        ctx.save_for_backward(p)
+        ctx.mark_non_differentiable(p)
+        return z.amax(-1) - p.amax(-1).log(), p
 
-
-def draw_tokens(logp: Tensor, u: Tensor) -> Tensor:
-    """logp (n, V), u (n,) in [0, 1) -> token ids (n,), by inverting the cumulative distribution in float64."""
-    cdf = logp.double().exp().cumsum(-1)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1).clamp(max=logp.shape[1] - 1)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        return grad[:, None] * ctx.saved_tensors[0]
 
 
-# Which positions a step reveals. It sees the open positions, n in all (masked, in the block being denoised): logp (n, V) the
-# sampling law, conf (n, V) the model's plain log-probs (what LLaDA compares), token (n,) candidates, u (n,) noise. A row of UNMASK:
-#   score(logp, conf, token, u, cfg) -> (n,)       the highest of each row are revealed, ties go to the leftmost position
-#   level(ranked) -> (N, C)                        from each row's scores in falling order, -inf where none is open: how great the row's
+class Law:
+    """Eq. 2: the tempered, truncated sampling law of n positions, made from logits (n, V), over a support of k tokens.
+
+    support (n, k) ids, V = none: found by top-k, then top-p (the token that crosses p stays in), unless given, where `known` (n,)
+    says so: the update passes that of the rollout. None: the whole vocabulary. At temperature 0 all is on the likeliest token.
+    p (n, k): the law's probabilities, without a gradient."""
+
+    def __init__(self, logits: Tensor, cfg: Config, support: Tensor | None = None, known: Tensor | None = None):
+        self.logits, V, temperature = logits, logits.shape[1], cfg.temperature or 1.0
+        if cfg.temperature == 0:
+            support = logits.argmax(-1, keepdim=True)
+        elif cfg.top_k and (support is None or known is not None):
+            top, found = logits.detach().topk(min(cfg.top_k, V), dim=-1)             # (n, k) in descending order
+            p = (top / temperature).softmax(-1)
+            found = found.masked_fill(p.cumsum(-1) - p >= cfg.top_p, V)              # the mass before it already reached p
+            support = found if support is None else found.index_put((known.nonzero().squeeze(1),), support)
+        self.support, self.inside = support, logits                                  # inside (n, k): logits of the support
+        if support is not None:
+            self.inside = logits.gather(1, support.clamp(max=V - 1)).masked_fill(support == V, -math.inf)
+        self.z = self.inside if temperature == 1.0 else self.inside / temperature
+        self.lse, self.p = LogSumExp.apply(self.z)
+
+    @functools.cached_property
+    def plain_lse(self) -> Tensor:
+        return self.lse if self.z is self.logits else LogSumExp.apply(self.logits)[0]
+
+    def logp(self, token: Tensor) -> Tensor:
+        """(n,) under the law."""
+        place = token if self.support is None else (self.support == token[:, None]).int().argmax(1)
+        return self.z.gather(1, place[:, None]).squeeze(1) - self.lse
+
+    def conf(self, token: Tensor) -> Tensor:
+        """(n,) plain log-probability, which LLaDA compares: neither tempered nor truncated."""
+        return self.logits.gather(1, token[:, None]).squeeze(1) - self.plain_lse
+
+    def draw(self, u: Tensor) -> Tensor:
+        """u (n,) in [0, 1) -> token ids (n,), by inverting the cumulative distribution in float64: first among stretches of the support,
+        then within one, so that no running sum over a large vocabulary is made."""
+        k = self.p.shape[1]
+        width = k if k < 1024 else math.isqrt(k)
+        whole = self.p[:, :k // width * width].unflatten(1, (-1, width))
+        sums = torch.cat([whole.sum(-1, dtype=torch.float64), self.p[:, k // width * width:].sum(-1, True, dtype=torch.float64)], 1)
+        upto, u = sums.cumsum(1), u.double().clamp(max=1 - 2**-50)[:, None]          # so that u times a sum is below the sum
+        stretch = torch.searchsorted(upto, u * upto[:, -1:], right=True).clamp(max=sums.shape[1] - 1)          # (n, 1)
+        left = u * upto[:, -1:] - (upto - sums).gather(1, stretch)
+        inside = stretch * width + torch.arange(width, device=u.device)              # (n, width)
+        within = self.p.gather(1, inside.clamp(max=k - 1)).double().masked_fill(inside >= k, 0.0).cumsum(1)
+        left = torch.minimum(left, within[:, -1:] * (1 - 2**-50))                    # the two sums may differ in their last bit
+        place = (stretch * width + torch.searchsorted(within, left, right=True)).clamp(max=k - 1)
+        return (place if self.support is None else self.support.gather(1, place)).squeeze(1)
+
+
+# Which positions a step reveals. It sees the open positions, n in all (masked, in the block being denoised) of R rows: their law, token (n,)
+# candidates, u (n,) noise. A row of UNMASK:
+#   score(law, token, u, cfg) -> (n,)              the highest of each row are revealed, ties go to the leftmost position
+#   level(ranked) -> (R, C)                        from each row's scores in falling order, -inf where none is open: how great the row's
 #                                                  `ease` must be for so many to be revealed, and ease(cfg), as configured: the logarithm of
 #                                                  an entropy bound, minus that of a threshold. None: C/T are. Never fewer: T steps are enough
-#   order_logp(logp, conf, token, open_, rank, cfg) -> (N,)    log pi_pos, the log-probability of the choice, given what the
-#                                                  trajectory keeps of it: rank (N, C) = 0, 1, .. as chosen, -1 not revealed;
-#       None: the choice does not depend on theta (random), or given theta it is not random at all. Then the token log-probs
+#   order_logp(law, token, at, rank, lost, cfg) -> log pi_pos (R,), the log-probability of the choice, and how long its gradient by the
+#       logits of each position is, squared (n,), None: as autograd says. at: rows and positions (n,) each; rank (R, C) = 0, 1, .. as chosen,
+#       -1 not revealed: what the trajectory keeps of the choice; lost (l,): which of the n were not revealed.
+#       No order_logp: the choice does not depend on theta (random), or given theta it is not random at all. Then the token log-probs
 #       alone are the exact law (almost everywhere: where two scores tie, E[R] has no derivative).
 class Unmask(NamedTuple):
     score: Callable
@@ -344,49 +396,53 @@ def choose(score: Tensor, open_: Tensor, n: int, level: Callable | None = None, 
     return rank.masked_fill(~open_ | (rank >= many), -1)
 
 
-ORDER_SCORE = {                        # how sure a position is, whatever token it draws: conf (n, V) -> (n,)
-    "max_prob": lambda conf: conf.max(-1).values,                                    # its logarithm
-    "neg_entropy": lambda conf: (conf.exp() * conf.clamp(min=LOG_ZERO)).sum(-1),     # clamped: 0 log 0 = 0, and so its gradient
+ORDER_SCORE = {                        # how sure a position is, whatever token it draws: law -> (n,)
+    "max_prob": lambda law: law.logits.max(-1).values - law.plain_lse,               # its logarithm
+    # clamped: 0 log 0 = 0, and so its gradient
+    "neg_entropy": lambda law: ((conf := law.logits - law.plain_lse[:, None]).exp() * conf.clamp(min=LOG_ZERO)).sum(-1),
 }
 
 
-def losing_logp(logp, conf, token, open_, rank, cfg) -> Tensor:
-    """Eq. 6: log-probability (N,) that every open position not revealed drew a candidate that loses: one whose confidence is
+def losing_logp(law, token, at, rank, lost, cfg) -> tuple[Tensor, Tensor]:
+    """Eq. 6: log-probability (R,) that every open position not revealed drew a candidate that loses: one whose confidence is
     below c, the lowest that won, or equal to it but further right. (Winners' candidates are accounted for by their own
     token log-probs.) If under new parameters no candidate of a position would lose, its log-probability is LOG_ZERO."""
-    row, position = open_.nonzero(as_tuple=True)                                     # (n,) of each open position
-    lost = rank[open_] < 0
-    winners = torch.full(open_.shape, math.inf, dtype=conf.dtype, device=conf.device)            # (N, C)
-    winners[row[~lost], position[~lost]] = conf.gather(1, token[:, None]).squeeze(1).detach()[~lost]
-    lowest, place = winners.flip(1).min(1)                                           # (N,) c, and where: rightmost of equals
-    place = open_.shape[1] - 1 - place
-    c, right_of_it = lowest[row[lost], None], (position[lost] > place[row[lost]])[:, None]         # (losers, 1)
-    loses = (conf[lost] < c) | ((conf[lost] == c) & right_of_it)                     # (losers, V) candidates that lose
-    log_f = logp[lost].masked_fill(~loses, -math.inf)
-    none = (log_f == -math.inf).all(1, keepdim=True)                                 # logsumexp of nothing has a NaN gradient
-    log_f = log_f.masked_fill(none, LOG_ZERO).logsumexp(-1).masked_fill(none.squeeze(1), LOG_ZERO)   # (losers,) log F_j(c)
-    return torch.zeros(len(open_), dtype=logp.dtype, device=logp.device).index_add(0, row[lost], log_f)
+    (row, position), C = at, rank.shape[1]
+    winners = torch.full(rank.shape, math.inf, dtype=law.z.dtype, device=rank.device)            # (R, C)
+    winners = winners.index_put(at, law.conf(token).detach().masked_fill(rank[at] < 0, math.inf))
+    lowest, place = winners.flip(1).min(1)                                           # (R,) c, and where: rightmost of equals
+    row, position = row[lost], position[lost]
+    c, right_of_it = lowest[row, None], (position > C - 1 - place[row])[:, None]     # (l, 1)
+    conf = law.inside[lost].detach() - law.plain_lse[lost, None].detach()            # (l, k)
+    z = law.z[lost].masked_fill((conf > c) | ((conf == c) & ~right_of_it), -math.inf)            # of the candidates that lose
+    none = z.amax(1) == -math.inf
+    mass, q = LogSumExp.apply(z.masked_fill(none[:, None], 0.0))
+    log_f = (mass - law.lse[lost]).masked_fill(none, LOG_ZERO)                       # (l,) log F_j(c)
+    # d log F / dz = p (loses / F - 1), and q = p loses / F
+    F, of_q, of_p = log_f.detach().exp(), torch.linalg.vector_norm(q, dim=1)**2, torch.linalg.vector_norm(law.p[lost], dim=1)**2
+    size = (of_q * (1 - F)**2 + of_p - F**2 * of_q).clamp(min=0.0).masked_fill(none, 0.0) / (cfg.temperature or 1.0)**2
+    return torch.zeros_like(lowest).index_add(0, row, log_f), torch.zeros_like(law.lse).index_put((lost,), size)
 
 
-def plackett_luce_logp(logp, conf, token, open_, rank, cfg) -> Tensor:
-    """log-probability (N,) of drawing the revealed positions in the order of their rank: each against all not drawn before it."""
-    score = torch.full(open_.shape, -1e30, dtype=conf.dtype, device=conf.device).masked_scatter(
-        open_, ORDER_SCORE[cfg.order_score](conf) / cfg.tau_pos)                     # (N, C), exp(-1e30) = 0: closed positions
+def plackett_luce_logp(law, token, at, rank, lost, cfg) -> tuple[Tensor, None]:
+    """log-probability (R,) of drawing the revealed positions in the order of their rank: each against all not drawn before it."""
+    score = torch.full(rank.shape, -1e30, dtype=law.z.dtype, device=rank.device).index_put(
+        at, ORDER_SCORE[cfg.order_score](law) / cfg.tau_pos)                         # (R, C), exp(-1e30) = 0: closed positions
     drawn_first = rank.masked_fill(rank < 0, rank.shape[1]).argsort(dim=1, stable=True)
     score, drawn = score.gather(1, drawn_first), rank.gather(1, drawn_first) >= 0
-    return (score - score.flip(1).logcumsumexp(1).flip(1)).masked_fill(~drawn, 0.0).sum(1)
+    return (score - score.flip(1).logcumsumexp(1).flip(1)).masked_fill(~drawn, 0.0).sum(1), None
 
 
 UNMASK = {
-    "random": Unmask(lambda logp, conf, token, u, cfg: u),
-    "confidence": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE[cfg.order_score](conf)),
-    "low_confidence": Unmask(lambda logp, conf, token, u, cfg: conf.gather(1, token[:, None]).squeeze(1), losing_logp),
+    "random": Unmask(lambda law, token, u, cfg: u),
+    "confidence": Unmask(lambda law, token, u, cfg: ORDER_SCORE[cfg.order_score](law)),
+    "low_confidence": Unmask(lambda law, token, u, cfg: law.conf(token), losing_logp),
     # as in DCoLT, trains the order too: Gumbel noise on the scores makes their order a draw with logits score / tau_pos
-    "plackett_luce": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE[cfg.order_score](conf) / cfg.tau_pos -
+    "plackett_luce": Unmask(lambda law, token, u, cfg: ORDER_SCORE[cfg.order_score](law) / cfg.tau_pos -
                             (-u.clamp(min=1e-300).log()).log(), plackett_luce_logp),
-    "threshold": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["max_prob"](conf), None,     # all that are sure enough
+    "threshold": Unmask(lambda law, token, u, cfg: ORDER_SCORE["max_prob"](law), None,           # all that are sure enough
                         lambda ranked: -ranked, lambda cfg: -math.log(cfg.threshold)),
-    "entropy_bound": Unmask(lambda logp, conf, token, u, cfg: ORDER_SCORE["neg_entropy"](conf), None,  # while sum H - max H <= the bound
+    "entropy_bound": Unmask(lambda law, token, u, cfg: ORDER_SCORE["neg_entropy"](law), None,    # while sum H - max H <= the bound
                             lambda ranked: (ranked - ranked.cumsum(1)).nan_to_num(math.inf).clamp(min=1e-30).log(),
                             lambda cfg: math.log(max(cfg.entropy_bound, 1e-29))),
 }
@@ -433,6 +489,12 @@ class Trajectory:
     def to(self, device) -> "Trajectory":
         return Trajectory(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
+    def prompts(self, row: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Prompts (M, P) of some rows, or others in their place, and their mask, without the columns that are padding in all of them."""
+        mask = self.prompt_mask[row]
+        P = max(1, int(mask.sum(1).max())) if len(row) else 1
+        return (self.prompt[row] if prompt is None else prompt)[:, -P:], mask[:, -P:]
+
     def rows(self, index) -> "Trajectory":
         return Trajectory(**{k: v[index] if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
@@ -457,57 +519,65 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
     u = torch.stack([torch.rand(T, 2, L, generator=generator(*key), dtype=torch.float64) for key in keys]).to(device)
     offset = block_offset(policy, prompt_mask)                                       # (N, 1)
     tokens = prompt.new_full((N, C), mask_id)                                        # while MASK is in it, the state x_t
-    tokens[torch.arange(C, device=device) >= C - offset] = eos_id
+    tokens.masked_fill_(torch.arange(C, device=device) >= C - offset, eos_id)
     logp_, order_logp_, entropy_, gradient_ = (torch.zeros(N, width, dtype=torch.float64, device=device) for width in (C, T, T, T))
     traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T), torch.zeros_like(tokens), logp_, order_logp_,
                       entropy_, gradient_, None, torch.zeros_like(tokens[:, 0]), eos_id, policy.turn_id)
-    rows = torch.arange(N, device=device)                                            # rows not finished
     ease = torch.full((N, 1), rule.ease(cfg), dtype=torch.float64, device=device)
-    cache = BlockCache(N) if policy.block and cfg.block_cache == "on" else None
+    ended = torch.zeros(N, 1, dtype=torch.bool, device=device)
+    cache = Cache(cfg.cache, N, L) if cfg.cache != "none" else None
     for t in range(T):
-        block = current_block(tokens[rows], mask_id, L, offset[rows])                # (rows, C)
-        open_ = block & (tokens[rows] == mask_id)
-        row, position = open_.nonzero(as_tuple=True)                                 # (n,) row-major, as logits
+        block = current_block(tokens, mask_id, L, offset) & ~ended                   # (N, C)
+        seen = (block & (tokens == mask_id)).cpu().numpy()                           # which are open: all that a step waits for the GPU for
+        if not seen.any():
+            break
+        alive = np.flatnonzero(seen.any(1))                                          # rows not finished, R of them
+        index = [torch.from_numpy(x).to(device, non_blocking=True) for x in (alive, *seen[alive].nonzero())]
+        rows, (row, position) = index[0], index[1:]                                  # (R,), and (n,) row-major, as logits
         if cache:
-            cache.rows = rows
+            cache.aim(alive, rows, seen[alive].argmax(1))
         ask = cfg.controller != "off" and t == 0
-        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], open_, cache=cache, with_ease=ask)    # (n, V)
+        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], (row, position), cache=cache, with_ease=ask)    # (n, V)
         if ask:
             logits, mean = logits
             draw_ease(traj, mean.double(), keys, cfg)
             ease = traj.ease[:, None]
-        logp, support = sampling_law(logits, cfg)
-        conf = logits.log_softmax(-1)
+        law = Law(logits, cfg)
         u_token, u_order = u[rows[row], t, :, position % L].unbind(-1)               # (n,) each
-        token = draw_tokens(logp, u_token)                                           # a candidate for every open position
-        score = rule.score(logp, conf, token, u_order, cfg)
-        rank = choose(score, open_, C // T, rule.level, ease[rows])
-        won = rank[open_] >= 0                                                       # (n,)
-        at = rows[row[won]], position[won]                                           # row and position in (N, C)
-        p, own = logp[won].exp(), logp[won].gather(1, token[won, None]).squeeze(1)
-        traj.tokens[at], traj.reveal_step[at], traj.rank[at] = token[won], t, rank[open_][won]
-        size = (1 - 2 * own.exp() + p.square().sum(-1)) / (cfg.temperature or 1.0)**2     # |d own / d logits|^2
-        traj.logp[at] = own.double()
-        traj.entropy[:, t].index_add_(0, at[0], torch.special.entr(p).sum(-1).double())
-        traj.gradient[:, t].index_add_(0, at[0], size.double().clamp(min=0.0))
-        if support is not None:
+        token = law.draw(u_token)                                                    # a candidate for every open position
+        score = rule.score(law, token, u_order, cfg)
+        open_ = torch.zeros_like(tokens[rows], dtype=torch.bool).index_put((row, position), torch.ones_like(row, dtype=torch.bool))
+        rank = choose(score, open_, C // T, rule.level, ease[rows])                  # (R, C)
+        place = rank[row, position]                                                  # (n,)
+        # those revealed come first; how many there are is known, unless the rule has levels: then all are looked at
+        many = len(row) if rule.level else int(np.minimum(seen.sum(1), C // T).sum())
+        first, lost = (place < 0).int().argsort(stable=True).split([many, len(row) - many])
+        won, at = place[first] >= 0, (rows[row[first]], position[first])             # row and position in (N, C)
+        p, own = law.p[first], law.logp(token)[first]
+        size = (1 - 2 * own.exp() + torch.linalg.vector_norm(p, dim=1)**2) / (cfg.temperature or 1.0)**2     # |d own / d logits|^2
+        for kept, value, nothing in ((tokens, token[first], mask_id), (traj.reveal_step, torch.full_like(first, t), T),
+                                     (traj.rank, place[first], 0), (traj.logp, own.double(), 0.0)):
+            kept.index_put_(at, value.masked_fill(~won, nothing))
+        for kept, value in ((traj.entropy, torch.special.entr(p).sum(-1)), (traj.gradient, size.clamp(min=0.0))):
+            kept[:, t].index_add_(0, at[0], value.double() * won)
+        if law.support is not None:
             if traj.support is None:
-                traj.support = tokens.new_zeros((N, C, support.shape[1]))
-            traj.support[at] = support[won]
+                traj.support = tokens.new_zeros((N, C, law.support.shape[1]))
+            traj.support.index_put_(at, law.support[first] * won[:, None])
         if rule.order_logp and cfg.position_term == "on":
-            with torch.enable_grad():                                                # to the logits only, for its size
-                z = logits.detach().requires_grad_()
-                order_logp = rule.order_logp(sampling_law(z, cfg)[0], z.log_softmax(-1), token, open_, rank, cfg)
-                size = torch.autograd.grad(order_logp.sum(), z)[0].square().sum(-1)  # (n,)
-            traj.order_logp[rows, t] = order_logp.detach().double()
+            order_logp, size = rule.order_logp(law, token, (row, position), rank, lost, cfg)
+            if size is None:
+                with torch.enable_grad():                                            # to the logits only, for its size
+                    z = logits.detach().requires_grad_()
+                    again, _ = rule.order_logp(Law(z, cfg), token, (row, position), rank, lost, cfg)
+                    size = torch.autograd.grad(again.sum(), z)[0].square().sum(-1)   # (n,)
+            traj.order_logp[:, t].index_put_((rows,), order_logp.double())
             traj.gradient[:, t].index_add_(0, rows[row], size.double())
         if traj.edges is not None:
             narrow_edges(traj, rows, t, *edges_of_step(score, open_, rank, cfg))
-        traj.nfe[rows] += 1
-        rows = rows[(tokens[rows] == mask_id).any(1) & ~((tokens[rows] == eos_id) | ~block).all(1)]
-        if len(rows) == 0:
-            break
-    tokens[tokens == mask_id] = eos_id                                               # deterministic: carries no loss
+        traj.nfe.index_add_(0, rows, torch.ones_like(rows))
+        ended |= ((tokens == eos_id) | ~block).all(1, keepdim=True)
+    tokens.masked_fill_(tokens == mask_id, eos_id)                                   # deterministic: carries no loss
     return traj
 
 
@@ -525,21 +595,20 @@ def step_logp(policy, traj: Trajectory, views: "Views", cfg: Config):
     the log-probability (M,) of the choice of positions, None if the rule has none. One forward: the LM head is needed at
     the targets, and for a position law also at the open positions that lost."""
     row, state, target = views.row, views.state, views.target
-    visited = not views.scored and not views.packed                                  # the law of the choice is that of the state as visited
-    law, where = UNMASK[cfg.unmasking].order_logp if cfg.position_term == "on" and visited else None, target
-    if law:
+    order_logp = UNMASK[cfg.unmasking].order_logp if cfg.position_term == "on" and views.visited else None
+    where = target
+    if order_logp:
         offset = block_offset(policy, traj.prompt_mask[row])
         where = current_block(state, policy.mask_id, cfg.block_length, offset) & (state == policy.mask_id)
-    logits = policy.logits(traj.prompt[row] if views.prompt is None else views.prompt, traj.prompt_mask[row], state, where,
-                           clean=traj.tokens[row] if views.packed else None)         # (n, V)
-    support = None if traj.support is None else traj.support[row][target]
-    logp, _ = sampling_law(logits[target[where]], cfg, support)
-    token_logp = logp.gather(1, traj.tokens[row][target][:, None]).squeeze(1)
-    if not law:
+    prompt, prompt_mask = traj.prompts(row, views.prompt)
+    at, tokens = where.nonzero(as_tuple=True), traj.tokens[row]
+    logits = policy.logits(prompt, prompt_mask, state, at, clean=tokens if views.packed else None)             # (n, V)
+    support, hit = None if traj.support is None else traj.support[row][target], target[at]
+    law = Law(logits, cfg, support, hit if order_logp else None)         # losers have no stored support: found again, the same at theta_old
+    token_logp = law.logp(tokens[at])[hit]
+    if not order_logp:
         return token_logp, None
-    logp, _ = sampling_law(logits, cfg)                  # losers have no stored support: found again, the same at theta_old
-    rank = traj.rank[row].masked_fill(~target, -1)
-    return token_logp, law(logp, logits.log_softmax(-1), traj.tokens[row][where], where, rank, cfg)
+    return token_logp, order_logp(law, tokens[at], at, traj.rank[row].masked_fill(~target, -1), (~hit).nonzero().squeeze(1), cfg)[0]
 
 
 # ------------------------------------------------------------------------------------------- quasi-Monte-Carlo timesteps
@@ -609,25 +678,23 @@ def without_replacement(size: str, floor: float = 0.1) -> Callable:
                                            visits.horizon.clamp(max=K)[:, None], g)
 
 
-def over_batch(size: str, floor: float = 0.1) -> Callable:
+def over_batch(size: str, floor: float = 0.1, draw: Callable | None = None) -> Callable:
     """The same over all steps of all rows at once, in proportion to |A| times size: as many passes as K a row, spent where the
     gradient is. Rows without an advantage have none, and get no pass. The steps are laid out in random order, so that no
-    period of the batch meets that of the comb."""
+    period of the batch meets that of the comb. draw: `independent` in place of the comb."""
     def rule(visits, K, g):
         if not visits.adv.any():
             return torch.zeros_like(visits.entropy)
         active, shuffled = visits.adv != 0, torch.randperm(visits.entropy.numel(), generator=g)
         p = proposal(SIZES[size](visits).view(1, -1), (visits.inside & active[:, None]).view(1, -1), floor)
         p = p * visits.adv.abs().repeat_interleave(visits.entropy.shape[1])          # the floor bounds |A| x weight
-        weight = systematic(p[:, shuffled], visits.horizon.clamp(max=K)[active].sum().view(1, 1), g)
+        weight = (draw or systematic)(p[:, shuffled], visits.horizon.clamp(max=K)[active].sum().view(1, 1), g)
         return weight[:, shuffled.argsort()].view_as(visits.entropy)
     return rule
 
 
-def systematic(size: Tensor, many: Tensor, g: torch.Generator) -> Tensor:
-    """`many` (R, 1) different columns of each row of size (R, S), column s with probability pi_s = min(1, c size_s): a comb of
-    teeth one apart, at a random offset, laid over the running sum of pi. It hits a column at most once and neighbours
-    seldom together. -> 1/pi_s where hit, else 0: the estimate of Horvitz and Thompson."""
+def inclusion(size: Tensor, many: Tensor) -> Tensor:
+    """pi_s = min(1, c size_s) for size (R, S), c such that each row sums to `many` (R, 1)."""
     sure = torch.zeros_like(size, dtype=torch.bool)
     while True:                                                                      # find c: who would exceed 1 is sure
         rest = size.masked_fill(sure, 0.0)
@@ -635,9 +702,23 @@ def systematic(size: Tensor, many: Tensor, g: torch.Generator) -> Tensor:
         if not (more := pi >= 1 - 1e-9).any():
             break
         sure |= more
-    pi = pi.masked_fill(sure, 1.0)
+    return pi.masked_fill(sure, 1.0)
+
+
+def systematic(size: Tensor, many: Tensor, g: torch.Generator) -> Tensor:
+    """`many` (R, 1) different columns of each row of size (R, S), column s with probability pi_s: a comb of teeth one apart, at a
+    random offset, laid over the running sum of pi. It hits a column at most once and neighbours seldom together.
+    -> 1/pi_s where hit, else 0: the estimate of Horvitz and Thompson."""
+    pi = inclusion(size, many)
     teeth = (pi.cumsum(1) - torch.rand(len(size), 1, generator=g, dtype=torch.float64)).ceil()      # teeth up to each column
     return torch.where(teeth.diff(dim=1, prepend=torch.zeros_like(teeth[:, :1])) > 0, 1 / pi, 0.0)
+
+
+def independent(size: Tensor, many: Tensor, g: torch.Generator) -> Tensor:
+    """The same, but each column by itself: `many` on average, and the product over a row of 1 + (w_s - 1)/pi_s where hit has the
+    expectation prod_s w_s, which Eq. 10 needs."""
+    pi = inclusion(size, many)
+    return torch.where(torch.rand(pi.shape, generator=g, dtype=torch.float64) < pi, 1 / pi, 0.0)
 
 
 TIMESTEPS = {
@@ -652,6 +733,7 @@ TIMESTEPS = {
     "without_replacement": without_replacement("uniform"),
     "without_replacement_gradient": without_replacement("gradient"),
     "batch_gradient": over_batch("gradient"),                                        # the default
+    "independent_gradient": over_batch("gradient", draw=independent),                # ... after rollouts with an approximate cache
 }
 
 
@@ -698,9 +780,12 @@ class Views(NamedTuple):
     target: Tensor                     # (M, C) bool, positions whose log-prob counts
     weight: Tensor                     # (M,)
     prompt: Tensor | None = None       # (M, P) what the denoiser sees of the prompt, if not all
-    scored: bool = False               # old log-probs are to be scored on these views
+    visited: bool = False              # each state is the one that the sampler saw at that step
+    scored: bool = False               # old log-probs are to be scored on these views: the recorded ones are of another law
     packed: bool = False               # each block of the state is read behind the final text of those before it
-    logp_old: Tensor | None = None     # (M, C) if scored, once the first update is made: see score_old
+    drawn: Tensor | None = None        # (M,) 1 / probability of drawing the view, where it was drawn
+    logp_old: Tensor | None = None     # (M, C) of tokens and (M,) of the choice of positions, if scored: see score_old
+    order_logp_old: Tensor | None = None
 
     def select(self, index):
         return Views(*(x[index] if isinstance(x, Tensor) else x for x in self))
@@ -717,7 +802,8 @@ def views_where(weight: Tensor, traj: Trajectory, cfg: Config, mask_id: int) -> 
     """weight (N, T) -> the steps where it is not zero, as views."""
     row, step = (weight != 0).nonzero(as_tuple=True)
     row, step, weight = (x.to(traj.tokens.device) for x in (row, step, weight[row, step]))
-    return make_views(traj, row, step, *state_at(traj, row, step, mask_id), weight, cfg, scored=cfg.update_block > 0)
+    return make_views(traj, row, step, *state_at(traj, row, step, mask_id), weight, cfg, drawn=weight, visited=not cfg.update_block,
+                      scored=cfg.update_block > 0 or approximate(cfg))
 
 
 def steps_below_horizon(traj: Trajectory, cfg: Config) -> Tensor:
@@ -742,6 +828,41 @@ def exact_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: tor
 
 
 VIEWS = {"agrpo": agrpo_views, "exact": exact_views}                                 # further rows: part two
+
+
+def approximate(cfg: Config) -> bool:
+    """Whether rollouts sample from another law than the model's: that of its forward with a cache."""
+    return cfg.cache in ("prefix", "dual")
+
+
+def teaches(views: Views, traj: Trajectory, adv: Tensor, cfg: Config) -> Tensor:
+    """(M,) bool: views that can have a gradient. None has without an advantage, or, where old log-probs are the recorded ones, if all
+    steps that revealed its targets had probability one; unless a KL term acts."""
+    if kl_acts(cfg):
+        return torch.ones_like(views.row, dtype=torch.bool)
+    useful = adv[views.row] != 0
+    if not views.scored:
+        size = traj.gradient[views.row].gather(1, traj.reveal_step[views.row].clamp(max=cfg.steps - 1))
+        useful &= ((size > 0) & views.target).any(1)
+    return useful
+
+
+def correct_for_cache(views: Views, traj: Trajectory, cfg: Config) -> Views:
+    """Eq. 10: views of states visited by a rollout with a cache, their weights times W = pi(completion) / pi_cache(completion), truncated
+    at is_cap. Of a completion's steps only those drawn are scored, s with probability 1/drawn_s, independently: the product of
+    1 + (w_s - 1) drawn_s over them has the expectation prod_s w_s over all steps. `is_level step`: W = w_t, as is common, biased."""
+    behaviour = traj.logp[views.row]
+    log_w = (views.logp_old - behaviour).masked_fill(~views.target, 0.0).sum(1)
+    if views.order_logp_old is not None:
+        log_w = log_w + views.order_logp_old - traj.order_logp[views.row, views.step]
+    w = log_w.exp()
+    if cfg.is_level == "completion":
+        factor = torch.ones_like(traj.entropy).index_put((views.row, views.step), 1 + (w - 1) * views.drawn)           # (N, T)
+        one = torch.ones_like(factor[:, :1])
+        before = torch.cat([one, factor[:, :-1]], 1).cumprod(1)
+        after = torch.cat([one, factor.flip(1)[:, :-1]], 1).cumprod(1).flip(1)
+        w = w * (before * after)[views.row, views.step]                              # all factors but its own
+    return views._replace(weight=views.weight * w.clamp(-cfg.is_cap, cfg.is_cap))
 
 
 def surrogate(logp: Tensor, logp_old: Tensor, adv: Tensor, clip: float, clip_high: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -771,7 +892,7 @@ def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config
     behaviour = traj.logp[row][target]
     logp_old = behaviour if not views.scored else logp.detach() if views.logp_old is None else views.logp_old[target]
     gain, ratio = surrogate(logp, logp_old, adv[row][target] if adv.dim() == 2 else adv[row[view_of]], cfg.clip, cfg.clip_high)
-    if cfg.is_cap:
+    if cfg.is_cap and not views.visited:
         gain = gain * (logp_old - behaviour).exp().clamp(max=cfg.is_cap)             # Eq. 7: w, without a gradient
     if cfg.kl:
         gain = gain - cfg.kl * k3(logp, logp_old, logp_old if cfg.kl_reference == "old" else reference_logp(policy, traj, views, cfg))
@@ -780,7 +901,9 @@ def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config
     # clipped, once per step. Multiplied into the token ratios it would count n times and drag tokens over the clip range.
     if order_logp is not None:
         of_step = (adv[row] * target).sum(1) / target.sum(1) if adv.dim() == 2 else adv[row]
-        gain, order_ratio = surrogate(order_logp, traj.order_logp[row, views.step], of_step, cfg.clip, cfg.clip_high)
+        order_old = (traj.order_logp[row, views.step] if not views.scored else
+                     order_logp.detach() if views.order_logp_old is None else views.order_logp_old)
+        gain, order_ratio = surrogate(order_logp, order_old, of_step, cfg.clip, cfg.clip_high)
         total, ratio = total + (gain * views.weight).sum(), torch.cat([ratio, order_ratio])
     return -total / len(traj.tokens), ratio                      # 1/N: mean over completions, skipped ones (adv 0) included
 
@@ -790,19 +913,35 @@ def pieces(index: Tensor, size: int) -> list:
     return [part for part in index.split(size) if len(part)]
 
 
+def passes(traj: Trajectory, cfg: Config, views: Views | None = None, rows: Tensor | None = None) -> list:
+    """Indices of the views (or the rows of a trajectory), packed into passes of at most tokens_per_pass, longest prompts first: little is padding."""
+    rows = views.row if views is not None else rows
+    P, C = traj.prompt.shape[1], traj.tokens.shape[1] * (1 + (views is not None and views.packed))
+    order = traj.prompt_mask.sum(1)[rows].argsort(descending=True, stable=True)
+    return pieces(order, max(1, cfg.tokens_per_pass // (P + C)))
+
+
 # ----------------------------------------------------------------------------------------------------------- the loop
-def generate(policy, tokenizer, cfg: Config, examples: list, keys: list) -> tuple[Trajectory, list]:
+def generate(policy, tokenizer, cfg: Config, examples: list, keys: list, each: Callable = lambda i, text: None) -> tuple[Trajectory, list]:
     """One completion per example -> trajectory, texts. The one way from an example to a text, in training and evaluation.
 
-    Each process denoises its share, rollout_batch rows at once, and then all have all rows: what follows is the same on each."""
+    Each process denoises its share, rollout_batch rows at once, those with long prompts first, and then all have all rows: what follows
+    is the same on each. each(i, text): called for a process's own rows while the others are still to be denoised."""
     device, (rank, world) = next(policy.model.parameters()).device, processes()
     ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
+    length, found = prompt_mask.sum(1), []
     mine = torch.tensor_split(torch.arange(len(examples)), world)[rank]              # neighbours: whole prompts, where they divide
-    parts = [rollout(policy, ids[part].to(device), prompt_mask[part].to(device), cfg, [keys[i] for i in part])
-             for part in pieces(mine, cfg.rollout_batch)]
+    for part in pieces(mine[length[mine].argsort(descending=True, stable=True)], cfg.rollout_batch):
+        P = max(1, int(length[part].max()))
+        traj = rollout(policy, ids[part, -P:].to(device), prompt_mask[part, -P:].to(device), cfg, [keys[i] for i in part])
+        texts = [tokenizer.decode(row[:n]) for row, n in zip(traj.tokens.cpu(), traj.length.tolist())]
+        for i, text in zip(part.tolist(), texts):
+            each(i, text)
+        found.append((part, traj.to("cpu") if world > 1 else traj, texts))
     policy.wait_for_others()
-    traj = Trajectory.join(everyones([part.to("cpu") for part in parts] if world > 1 else parts)).to(device)
-    return traj, [tokenizer.decode(row[:n]) for row, n in zip(traj.tokens.cpu(), traj.length.tolist())]
+    index, parts, texts = zip(*everyones(found))
+    back, texts = torch.cat(index).argsort(), sum(texts, [])
+    return Trajectory.join(parts).rows(back.to(parts[0].tokens.device)).to(device), [texts[i] for i in back]
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -867,17 +1006,19 @@ def optimizer_step(policy, optimizer, step: int, cfg: Config, finite: bool) -> t
 
 def sample(policy, tokenizer, batch: list, keys: list, cfg: Config) -> tuple[Trajectory, list, list]:
     """One completion per example -> trajectory, the named parts of each reward, and whether each is solved."""
-    traj, texts = generate(policy, tokenizer, cfg, batch, keys)
-    weights = read_weights(cfg.task, cfg.reward_weights)
-    # a grader may run into its time limit: one process's word is all's
-    parts = once(lambda: [reward_parts(cfg.task, text, ex, weights) for text, ex in zip(texts, batch)])
-    solved = once(lambda: [grade(cfg.task, text, ex) == 1 for text, ex in zip(texts, batch)])
+    weights, graded = read_weights(cfg.task, cfg.reward_weights), []
+
+    def judge(i, text):
+        return i, reward_parts(cfg.task, text, batch[i], weights), grade(cfg.task, text, batch[i]) == 1
+
+    traj, _ = generate(policy, tokenizer, cfg, batch, keys, each=lambda i, text: graded.append(graders().submit(judge, i, text)))
+    _, parts, solved = zip(*sorted(everyones([verdict.result() for verdict in graded]), key=lambda x: x[0]))
     if cfg.controller != "off":                                                      # DiFFPO: right, and in few denoiser calls
         parts = [{k: v * (1 - n / cfg.completion_length)**cfg.alpha for k, v in p.items()} for p, n in zip(parts, traj.nfe.tolist())]
     if cfg.overlong_penalty:
         parts = [{**p, "overlong": -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)}
                  for p, n in zip(parts, traj.length.tolist())]
-    return traj, parts, solved
+    return traj, list(parts), list(solved)
 
 
 def sample_groups(policy, tokenizer, examples: list, step: int, cfg: Config) -> tuple[Trajectory, Tensor, list, list]:
@@ -901,11 +1042,11 @@ def sample_groups(policy, tokenizer, examples: list, step: int, cfg: Config) -> 
     return Trajectory.join(kept), reward, all_parts, all_solved
 
 
-def accumulate(loss_of: Callable, views: Views, policy, cfg: Config, ratios: list | None = None) -> float:
-    """Gradients of this process's share of the views, micro-batch after micro-batch; returns its loss."""
+def accumulate(loss_of: Callable, traj: Trajectory, views: Views, policy, cfg: Config, ratios: list | None = None) -> float:
+    """Gradients of this process's share of the views, pass after pass; returns its loss."""
     total, mine = torch.zeros((), dtype=torch.float64), share(views, policy.sharded)
-    for start in range(0, len(mine.row), cfg.micro_batch):
-        loss, ratio = loss_of(mine.select(slice(start, start + cfg.micro_batch)))
+    for part in passes(traj, cfg, mine):
+        loss, ratio = loss_of(mine.select(part))
         loss.backward()
         total += loss.detach().cpu()
         if ratios is not None:
@@ -927,29 +1068,32 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     epochs = [VIEWS[cfg.method](traj, adv, cfg, policy.mask_id, generator("timesteps", cfg.seed, step, *[epoch][:epoch]))
               for epoch in range(cfg.inner_epochs)]
     if policy.value:
-        value = policy.value.of(traj, epochs[0], cfg.micro_batch)
+        value = policy.value.of(traj, epochs[0], cfg)
         scored = torch.zeros_like(traj.tokens).index_add(0, epochs[0].row, epochs[0].target.long()) > 0
         when = (traj.reveal_step // cfg.shrink).masked_fill(~scored, -1)
         adv, returns = gae(adv, value, when, cfg.gamma, cfg.lam)
-    elif not kl_acts(cfg):
-        epochs = [views.select(adv[views.row] != 0) for views in epochs]             # no advantage, no gradient: no pass
     if cfg.controller != "off" and cfg.controller_training == "alone":
         epochs = [views.select(slice(0, 0)) for views in epochs]
-    if cfg.inner_epochs > 1 and epochs[0].scored:
+    made = sum(len(views.row) for views in epochs)
+    if not policy.value:
+        epochs = [views.select(teaches(views, traj, adv, cfg)) for views in epochs]  # no gradient: no pass
+    if epochs[0].scored and (cfg.inner_epochs > 1 or approximate(cfg)):
         epochs = [score_old(policy, traj, views, cfg) for views in epochs]
+    if epochs[0].visited and approximate(cfg) and cfg.is_cap:
+        epochs = [correct_for_cache(views, traj, cfg) for views in epochs]
     # accumulate the gradient over micro-batches and processes, then one optimizer step
     ratios, applied = [], True
     for views in epochs:
-        total = accumulate(lambda part: policy_loss(policy, traj, part, adv, cfg), views, policy, cfg, ratios)
+        total = accumulate(lambda part: policy_loss(policy, traj, part, adv, cfg), traj, views, policy, cfg, ratios)
         if cfg.controller != "off":
             rows = (group_adv != 0).nonzero().squeeze(1)[processes()[0]::processes()[1]]
-            for part in pieces(rows, cfg.micro_batch):
-                loss, ratio = controller_loss(policy, traj, part, group_adv, cfg)
+            for part in passes(traj, cfg, rows=rows):
+                loss, ratio = controller_loss(policy, traj, rows[part], group_adv, cfg)
                 loss.backward()
                 total, ratios = total + float(loss.detach()), [*ratios, ratio.float().cpu()]
         if policy.value:
             with policy.value.on():
-                total += accumulate(lambda part: (policy.value.loss(traj, part, value, returns, cfg.clip), None), views, policy, cfg)
+                total += accumulate(lambda part: (policy.value.loss(traj, part, value, returns, cfg.clip), None), traj, views, policy, cfg)
         grad_norm, applied = optimizer_step(policy, optimizer, step, cfg, finite and applied and math.isfinite(total))
     policy.block = block
     ratios = everyones(ratios)
@@ -959,7 +1103,7 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "clip_fraction": float(((ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))).float().mean()), "grad_norm": grad_norm,
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
             "ease": float(traj.ease.mean()) if traj.ease is not None else "", "sampled": len(parts),
-            "passes": sum(len(views.row) for views in epochs), "skipped": int(not applied), "lr": learning_rate(step, cfg), "heldout": "",
+            "passes": (scored := sum(len(views.row) for views in epochs)), "passes_saved": made - scored, "skipped": int(not applied), "lr": learning_rate(step, cfg), "heldout": "",
             "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
             "update_seconds": round(time.perf_counter() - clock, 3)}
 
@@ -992,7 +1136,9 @@ def tracerl_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: t
     state, _ = state_at(traj, row, step, mask_id)
     u = traj.reveal_step[row]
     merged = (u >= step[:, None]) & (u < step[:, None] + cfg.shrink) & (u < cfg.steps)
-    return make_views(traj, row, step, state, merged, 1.0, cfg, scored=cfg.shrink > 1 or cfg.update_block > 0)
+    as_seen = cfg.shrink == 1 and not cfg.update_block
+    return make_views(traj, row, step, state, merged, 1.0, cfg, visited=as_seen, scored=not as_seen or approximate(cfg),
+                      drawn=torch.ones_like(row, dtype=torch.float64))
 
 
 def dipo_views(traj: Trajectory, adv: Tensor, cfg: Config, mask_id: int, g: torch.Generator) -> Views:
@@ -1016,11 +1162,18 @@ VIEWS |= {"diffu-grpo": diffu_grpo_views, "diffpo": diffpo_views, "tracerl": tra
 # ------------------------------------------------------------------------- old log-probs of scored views, KL to the first model
 @torch.no_grad()
 def score_old(policy, traj: Trajectory, views: Views, cfg: Config) -> Views:
-    """The views with their log-probs under the present parameters."""
-    logp_old = torch.zeros(views.target.shape, dtype=torch.float64, device=views.target.device)
-    for part in pieces(torch.arange(len(views.row), device=logp_old.device), cfg.micro_batch):
-        logp_old[part] = logp_old[part].masked_scatter(views.target[part], step_logp(policy, traj, views.select(part), cfg)[0].double())
-    return views._replace(logp_old=logp_old)
+    """The views with their log-probs under the present parameters; each process scores its share."""
+    (rank, world), found = processes(), []
+    mine = torch.arange(len(views.row), device=views.row.device)[rank::world]
+    for part in passes(traj, cfg, views.select(mine)):
+        some = views.select(mine[part])
+        logp, order_logp = step_logp(policy, traj, some, cfg)
+        dense = torch.zeros(some.target.shape, dtype=torch.float64, device=logp.device).masked_scatter(some.target, logp.double())
+        found.append([x if x is None or world == 1 else x.cpu() for x in (mine[part], dense, order_logp)])
+    policy.wait_for_others()
+    index, logp, order_logp = ([x.to(views.row.device) for x in xs if x is not None] for xs in zip(*(everyones(found) or [[views.row, views.target, None]])))
+    back = torch.cat(index).argsort()
+    return views._replace(logp_old=torch.cat(logp)[back], order_logp_old=torch.cat(order_logp).double()[back] if order_logp else None)
 
 
 def keep_reference(policy):
@@ -1085,14 +1238,14 @@ class ValueModel(Policy):
     def values(self, traj: Trajectory, views: Views) -> Tensor:
         """(targets,) in row-major order."""
         row, clean = views.row, traj.tokens[views.row] if views.packed else None
-        return self.logits(traj.prompt[row], traj.prompt_mask[row], views.state, views.target, clean=clean).squeeze(1)
+        return self.logits(*traj.prompts(row), views.state, views.target, clean=clean).squeeze(1)
 
     @torch.no_grad()
-    def of(self, traj: Trajectory, views: Views, micro_batch: int) -> Tensor:
+    def of(self, traj: Trajectory, views: Views, cfg: Config) -> Tensor:
         """(N, C), zero where no view has a target."""
         value = torch.zeros(traj.tokens.shape, dtype=torch.float64, device=traj.tokens.device)
         with self.on():
-            for part in map(views.select, pieces(torch.arange(len(views.row), device=value.device), micro_batch)):
+            for part in map(views.select, passes(traj, cfg, views)):
                 n, position = part.target.nonzero(as_tuple=True)
                 value[part.row[n], position] = self.values(traj, part).double()
         return value
@@ -1180,8 +1333,8 @@ def edges_again(policy, traj: Trajectory, row: Tensor, cfg: Config) -> Tensor:
             state, target = state_at(traj, row[at], traj.edge_steps[row[at], side], policy.mask_id)
             offset = block_offset(policy, traj.prompt_mask[row[at]])
             open_ = current_block(state, policy.mask_id, cfg.block_length, offset) & (state == policy.mask_id)
-            conf = policy.logits(traj.prompt[row[at]], traj.prompt_mask[row[at]], state, open_).log_softmax(-1)
-            score = UNMASK[cfg.unmasking].score(None, conf, None, None, cfg)
+            law = Law(policy.logits(*traj.prompts(row[at]), state, open_), cfg)
+            score = UNMASK[cfg.unmasking].score(law, None, None, cfg)
             edges = edges.index_put((at, torch.full_like(at, side)), edges_of_step(score, open_, target.long() - 1, cfg)[side].double())
     return edges
 
@@ -1189,7 +1342,7 @@ def edges_again(policy, traj: Trajectory, row: Tensor, cfg: Config) -> Tensor:
 def controller_loss(policy, traj: Trajectory, row: Tensor, adv: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
     """Minus Eq. 4 for the choice of positions by eases of some rows (Eq. 9), and their ratios: one action, weighted as a step is when Z = T."""
     blank = torch.full_like(traj.tokens[row], policy.mask_id)
-    _, mean = policy.logits(traj.prompt[row], traj.prompt_mask[row], blank, torch.zeros_like(blank, dtype=torch.bool), with_ease=True)
+    _, mean = policy.logits(*traj.prompts(row), blank, torch.zeros_like(blank, dtype=torch.bool), with_ease=True)
     edges = edges_again(policy, traj, row, cfg) if cfg.controller_training == "joint" else traj.edges[row]
     logp, logp_old = (ease_logp(e, m.double(), cfg.controller_sigma) for e, m in ((edges, mean), (traj.edges[row], traj.ease_mean[row])))
     gain, ratio = surrogate(logp, logp_old, adv[row], cfg.clip, cfg.clip_high)
@@ -1217,47 +1370,70 @@ def block_mask(rule: Callable, N: int, S: int, device, flex: bool):
     return rule(n[:, None, None], 0, s[:, None], s)[:, None]
 
 
-class BlockCache:
-    """Keys and values of N rows of a block-causal model, exact: what a finished block holds does not depend on later ones. Rows may stand
-    at different blocks. Each call computes the block being denoised and the one before it, which has just become final: so no
-    call of its own is needed to put that one into the cache."""
+class Cache:
+    """Keys and values of N rows, of all columns of prompt and completion, and which of them a call computes anew (rows may stand at
+    different blocks):
+    block    block-causal models: the block being denoised, and the one before it, which has just become final. Exact: what a finished
+             block holds does not depend on later ones
+    dual     the block being denoised, once all columns were computed when the row came to it (Fast-dLLM, arXiv 2505.22618)
+    prefix   that block and what follows; what comes before it is as it was when the row came to it (likewise)
+    The last two are approximate: elsewhere keys and values are those of a state some steps old."""
 
-    def __init__(self, N: int):
-        self.kept, self.rows, self.columns, self.N = {}, slice(None), None, N        # layer -> keys, values (N, heads, S + 1, size)
+    def __init__(self, kind: str, N: int, block_length: int):
+        self.kind, self.N, self.block_length, self.kept = kind, N, block_length, {}  # kept: layer -> keys, values (N, heads, S + 1, size)
+        self.came_to = np.full(N, -1)                                                # where the block begins at which a row was computed whole
+
+    def aim(self, alive, rows: Tensor, first_open):
+        """The rows of the next call, as array (n,) and on the device, and the first open position of each (n,)."""
+        start = first_open // self.block_length * self.block_length
+        self.rows, self.start, self.anew = rows, start, start != self.came_to[alive]
+        self.came_to[alive] = start
 
     def update(self, key, value, layer, *_):
         """What a layer calls: stores its keys and values (n, heads, w, size) of `columns` (n, w), returns those of all columns."""
         if layer not in self.kept:
             self.kept[layer] = [x.new_zeros(self.N, x.shape[1], self.width, x.shape[3]) for x in (key, value)]
         for kept, new in zip(self.kept[layer], (key, value)):
-            kept[self.rows[:, None], :, self.columns] = new.transpose(1, 2)
-        return [kept[self.rows] for kept in self.kept[layer]]
+            heads = torch.arange(kept.shape[1], device=kept.device)
+            kept.index_put_((self.now[:, None, None], heads[:, None], self.columns[:, None]), new)
+        return self.kept[layer] if len(self.now) == self.N else [kept[self.now] for kept in self.kept[layer]]
 
     def get_seq_length(self, *_):
         return 0                                                                     # positions are given
 
     def read(self, policy, ids, real, positions, P: int) -> Tensor:
-        """The hidden states (n, S, width) of the block being denoised and the one before it; zero elsewhere. ids, real, positions (n, S),
-        the first P columns a prompt."""
+        """The hidden states (n, S, width) of the columns computed, zero elsewhere. ids, real, positions (n, S), the first P columns a prompt."""
         (n, S), device = ids.shape, ids.device
         self.width, pad = S + 1, S - real.sum(1, keepdim=True)                       # column S takes what does not exist
-        ids, real, block = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, real, positions // policy.block))
+        ids, real, block = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, real, positions // max(1, policy.block)))
         every = torch.arange(S + 1, device=device)
 
-        def compute(columns):                                                        # (n, w) -> (n, w, width)
-            self.columns = columns
-            own, there = block.gather(1, columns)[:, :, None], real.gather(1, columns)[:, :, None]
-            sees = (own >= block[:, None]) & there & real[:, None] | (columns[:, :, None] == every)
-            return policy.decode(ids.gather(1, columns), sees[:, None], (columns - pad).clamp(min=0), self)
+        def compute(columns, at=slice(None)):                                        # (m, w), of rows `at` of the n -> (m, S + 1, width)
+            self.columns, self.now, there = columns, self.rows[at], real[at][:, None]
+            if policy.block:
+                own = block[at].gather(1, columns)[:, :, None]
+                there = (own >= block[at][:, None]) & there & real[at].gather(1, columns)[:, :, None]
+            sees = there | (columns[:, :, None] == every)
+            hidden = policy.decode(ids[at].gather(1, columns), sees[:, None], (columns - pad[at]).clamp(min=0), self)
+            return hidden.new_zeros(len(columns), S + 1, hidden.shape[2]).scatter(1, columns[:, :, None].expand_as(hidden), hidden)
 
-        masked = (ids == policy.mask_id) & (every >= P)
-        if not self.kept:                                                            # the prompt first
-            compute(every[:P].expand(n, -1))
-        current = block.masked_fill(~masked, S).amin(1, keepdim=True)                # (n, 1)
-        columns = pad + (current - 1) * policy.block + torch.arange(2 * policy.block, device=device)
-        columns = columns.masked_fill((columns < pad) | (columns >= S), S)
-        hidden = compute(columns)
-        return hidden.new_zeros(n, S + 1, hidden.shape[2]).scatter(1, columns[:, :, None].expand_as(hidden), hidden)[:, :S]
+        if self.kind == "block":
+            if not self.kept:                                                        # the prompt first
+                compute(every[:P].expand(n, -1))
+            masked = (ids == policy.mask_id) & (every >= P)
+            current = block.masked_fill(~masked, S).amin(1, keepdim=True)            # (n, 1)
+            columns = pad + (current - 1) * policy.block + torch.arange(2 * policy.block, device=device)
+            return compute(columns.masked_fill((columns < pad) | (columns >= S), S))[:, :S]
+        if self.anew.all():
+            return compute(every[:S].expand(n, -1))[:, :S]
+        start = self.start + P - policy.shift                                        # (n,) with the column that the first logits stand at
+        ends = start + policy.shift + self.block_length if self.kind == "dual" else np.full(n, S)
+        columns = np.minimum(start[:, None] + np.arange((ends - start).max()), S)
+        columns, groups = torch.from_numpy(columns).to(device), [torch.from_numpy(x.nonzero()[0]).to(device) for x in (self.anew, ~self.anew)]
+        if not len(groups[0]):
+            return compute(columns)[:, :S]
+        parts = [compute(every[:S].expand(len(groups[0]), -1), groups[0]), compute(columns[groups[1]], groups[1])]
+        return torch.cat(parts)[torch.cat(groups).argsort()][:, :S]
 
 
 # ======================================================================== part three: models, fine-tuning, settings, command line
@@ -1281,6 +1457,8 @@ def load_policy(model: str, device: str, cfg: Config = Config(), train: bool = F
     policy.source, policy.base = checkpoint.folder, base_of(adapter) if adapter else model
     for layer in net.get_decoder().layers if train and cfg.gradient_checkpointing == "on" else ():
         layer.forward = computed_again(layer)
+    if cfg.compile == "on":
+        policy.compiled = torch.compile(net.get_decoder().forward, dynamic=True)
     policy = policy if cfg.quantize else policy.to(device)
     if cfg.controller != "off":
         if train and cfg.controller_training == "alone":
@@ -1369,7 +1547,8 @@ def sft_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Confi
     tokens, g = encode_answers(tokenizer, [row["answer"] for row in batch], cfg.completion_length, policy), generator("sft", cfg.seed, step)
     is_masked, weight = noise(tokens, policy.block, prompt_mask, g)
     total = 0.0
-    for part in pieces(torch.tensor_split(torch.arange(len(batch)), world)[rank], cfg.micro_batch):
+    width = ids.shape[1] + cfg.completion_length * (1 + bool(policy.block))
+    for part in pieces(torch.tensor_split(torch.arange(len(batch)), world)[rank], max(1, cfg.tokens_per_pass // width)):
         at = (x[part].to(device) for x in (ids, prompt_mask, tokens, is_masked, weight))
         loss = denoising_loss(policy, *at) * len(part) / len(batch)
         loss.backward()
@@ -1457,7 +1636,8 @@ def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
 
 # -------------------------------------------------------------------------------------------- run folder, command line
 EVALUATION = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0, "top_p": 1.0}     # greedy, as the paper's
-MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "micro_batch", "gradient_checkpointing", "fsdp", "report_to")     # on --resume
+MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass", "gradient_checkpointing", "compile", "fsdp", "report_to")  # on --resume
+IS_CAP = 2.0                           # where rollouts sample with an approximate cache
 GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
 
 
@@ -1520,6 +1700,12 @@ def with_model(cfg: Config, given: dict) -> Config:
     if cfg.model == "tiny" and cfg.model_block:
         raise BadInput("--model-block: the model tiny attends in both directions, tiny-block in blocks")
     block = tiny_block(cfg) if cfg.model in TINY else checkpoint.block
+    if (kept := given.get("cache", "block" if block else "none")) in (("prefix", "dual") if block else ("block",)):
+        raise BadInput(f"--cache {kept}: {cfg.model} attends {'in blocks, its cache is exact (block)' if block else 'in both directions: prefix or dual'}")
+    cfg = dataclasses.replace(cfg, cache=kept)
+    if approximate(cfg):
+        weights = {"is_cap": IS_CAP, "timesteps": "independent_gradient"} if cfg.method in ("agrpo", "exact") else {}
+        cfg = dataclasses.replace(cfg, **{k: v for k, v in weights.items() if k not in given})
     if not block and (cfg.method == "dipo" or cfg.update_block):
         raise BadInput(f"{'--method dipo' if cfg.method == 'dipo' else '--update-block'} needs a block-causal model (SDAR, --model tiny-block): "
                        f"{cfg.model} attends in both directions")
@@ -1548,8 +1734,8 @@ def with_model(cfg: Config, given: dict) -> Config:
 
 def evaluation_config(cfg: Config) -> Config:
     """cfg with the sampler of EVALUATION, or the controller's, and the shape to evaluate with."""
-    at = dataclasses.replace(cfg, completion_length=cfg.eval_length or cfg.completion_length,
-                             block_length=cfg.eval_block_length or cfg.block_length, **EVALUATION)
+    at = dataclasses.replace(cfg, completion_length=cfg.eval_length or cfg.completion_length, block_length=cfg.eval_block_length or cfg.block_length,
+                             cache="none" if approximate(cfg) else cfg.cache, **EVALUATION)
     return at if cfg.controller == "off" else dataclasses.replace(at, unmasking=CONTROLLERS[cfg.controller], controller_sigma=1e-9)
 
 
@@ -1559,8 +1745,9 @@ def steps_of(cfg: Config) -> list[int]:
 
 CHOICES = {"task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK,
            "position_term": ("on", "off"), "order_score": ORDER_SCORE, "method": VIEWS, "timesteps": TIMESTEPS, "normalizer": NORMALIZERS,
-           "advantage": ADVANTAGES, "quantize": ("", "4bit"), **dict.fromkeys(("gradient_checkpointing", "fsdp", "value_model"), ("off", "on")),
-           "block_cache": ("on", "off"), "kl_reference": ("base", "old"), "controller": CONTROLLERS, "controller_training": ("joint", "alone"),
+           "advantage": ADVANTAGES, "quantize": ("", "4bit"), **dict.fromkeys(("compile", "fsdp", "value_model"), ("off", "on")),
+           "gradient_checkpointing": ("auto", "on", "off"), "cache": ("none", "prefix", "dual", "block"), "is_level": ("completion", "step"),
+           "kl_reference": ("base", "old"), "controller": CONTROLLERS, "controller_training": ("joint", "alone"),
            "report_to": ("", "tensorboard", "wandb", "trackio")}
 MAY_BE_ZERO = {"seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup", "decay_steps", "weight_decay",
                "eval_every", "base_lazy", "lora_rank", "eval_length", "eval_block_length", "model_block", "dynamic_sampling", "clip_high", "kl",
@@ -1617,6 +1804,10 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.controller == "off" or not cfg.update_block, "--controller goes without --update-block: its thresholds are those of the rollout")
     need(cfg.fsdp == "off" or cfg.controller == cfg.value_model == "off" and not cfg.sft and not (cfg.kl and cfg.kl_reference == "base"),
          "--fsdp on goes without --sft, --controller, --value-model and --kl to the base model")
+    if training and approximate(cfg):
+        need(cfg.controller == cfg.value_model == "off", f"--cache {cfg.cache} goes without --controller and --value-model")
+        need(cfg.method != "agrpo" or not cfg.is_cap or cfg.is_level == "step" or cfg.timesteps == "independent_gradient",
+             f"--timesteps {cfg.timesteps}: whole completions are weighted by steps drawn independently (independent_gradient), or --is-level step")
     need(cfg.fsdp == "off" or not cfg.lora_rank, "--fsdp on shares the weights of full fine-tuning: --lora-rank 0")
     need(cfg.fsdp == "off" or int(os.environ.get("WORLD_SIZE", 1)) > 1,
          "--fsdp on needs several processes (accelerate launch or torchrun); here: --fsdp off")
@@ -1699,8 +1890,9 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
     return True
 
 
-def forecast(cfg: Config, folder: Path, examples: list, heldout: list, overwrite: bool) -> list:
-    """The checks that need the checkpoint's small files; then what the run will cost, printed. Returns the rows to train on."""
+def forecast(cfg: Config, folder: Path, examples: list, heldout: list, overwrite: bool) -> tuple[list, Config]:
+    """The checks that need the checkpoint's small files; then what the run will cost, printed. Returns the rows to train on, and the
+    settings with gradient_checkpointing decided."""
     tokenizer = tiny_tokenizer()
     context, mask_id = 256, tokenizer.mask_token_id
     if cfg.model not in TINY:
@@ -1709,8 +1901,9 @@ def forecast(cfg: Config, folder: Path, examples: list, heldout: list, overwrite
             raise BadInput(f"--overwrite would delete {cfg.model}, the model to begin with: --name NAME starts another run")
         context, mask_id = checkpoint.config.max_position_embeddings, checkpoint.mask_id
         length = check_context(checkpoint.config, tokenizer, cfg, examples + heldout)
+        cfg = run_folder.with_checkpointing(checkpoint.config, cfg, length, device_for(cfg), processes()[1])
         print(run_folder.announce(checkpoint.config, cfg, length, device_for(cfg), processes()[1]), flush=True)
-    return sft_examples(tokenizer, cfg, examples, context, mask_id) if cfg.sft else examples
+    return sft_examples(tokenizer, cfg, examples, context, mask_id) if cfg.sft else examples, cfg
 
 
 def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base: bool = False) -> int:
@@ -1719,7 +1912,7 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
     once(run_folder.check, folder, dataclasses.asdict(cfg), MAY_CHANGE, resume, overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed, cfg.data, cfg.test_data)
     begin = time.perf_counter()
-    rows = once(forecast, cfg, folder, examples, heldout, overwrite)
+    rows, cfg = once(forecast, cfg, folder, examples, heldout, overwrite)
     policy, tokenizer = open_model(cfg, rebuild_base, train=True)
     once(run_folder.begin, folder, dataclasses.asdict(cfg), overwrite)               # nothing is replaced before the model is there
     size = [sum(p.numel() for p in policy.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)]
@@ -1756,7 +1949,9 @@ USED_WITH = {                          # flags that would be ignored without ano
     "value_model": ("--value-model on", ("gamma", "lam", "value_lr"), lambda cfg: cfg.value_model == "on"),
     "controller": ("--controller", ("alpha", "controller_training", "controller_sigma", "controller_lr"), lambda cfg: cfg.controller != "off"),
     "agrpo": ("--method agrpo", ("mc_steps", "timesteps"), lambda cfg: cfg.method == "agrpo"),
-    "scored": ("states that the sampler did not see (diffu-grpo, diffpo, tracerl)", ("is_cap",), lambda cfg: cfg.method not in ("agrpo", "exact", "dipo")),
+    "scored": ("states that the sampler did not see (diffu-grpo, diffpo, tracerl), or --cache prefix or dual", ("is_cap",),
+               lambda cfg: cfg.method not in ("agrpo", "exact", "dipo") or approximate(cfg)),
+    "cache": ("--cache prefix or dual", ("is_level",), approximate),
     "official": ("--method agrpo", ("preset",), lambda cfg: cfg.preset != "official" or cfg.method == "agrpo"),
 }
 

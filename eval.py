@@ -740,7 +740,7 @@ def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) ->
     rollout = together * (S * width * (3 * (h + I) if frozen else 2 * (h + I)) + open_ * V * 4 * 7.6)
     layer = width * (8 * h + 4 * I) + (8 * h if half else 0)                         # bytes a token that a layer's backward pass needs
     kept, again = (width * h, layer) if cfg.gradient_checkpointing == "on" else (layer, 0)
-    update = cfg.micro_batch * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * 4.7))
+    update = max(1, cfg.tokens_per_pass // S) * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * 4.7))
     update += 2 * base if half and not frozen and cfg.fsdp == "off" else 0           # autocast's copies of the weights
     if not cfg.sft:                                                                  # a second model, and a third
         weights += 4 * base * (cfg.kl > 0 and cfg.kl_reference == "base" and not frozen) + (0 if frozen else 4 * base) * (cfg.value_model == "on")
@@ -780,6 +780,17 @@ def matmul_rate(device: str) -> float:
     return 2 * n**3 / best
 
 
+def with_checkpointing(config, cfg, prompt_length: int, device: str, processes: int):
+    """cfg with gradient_checkpointing auto decided: on where the update would otherwise not fit the GPU's memory, or this machine's."""
+    import torch
+    if cfg.gradient_checkpointing != "auto":
+        return cfg
+    half = device.startswith("cuda")
+    room = torch.cuda.get_device_properties(device).total_memory if half else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    off, on = (dataclasses.replace(cfg, gradient_checkpointing=word) for word in ("off", "on"))
+    return off if estimate(config, off, prompt_length, half, processes)["total"] < 0.9 * room / 1e9 else on
+
+
 def announce(config, cfg, prompt_length: int, device: str, processes: int) -> str:
     """The estimate in words. Raises BadInput if weights and optimizer alone do not fit the GPU."""
     import torch
@@ -790,7 +801,7 @@ def announce(config, cfg, prompt_length: int, device: str, processes: int) -> st
     text = (f"estimate: {size['total']} of memory beyond torch's own (weights {size['weights']}, {'adapters' if cfg.lora_rank else 'gradients'} and optimizer "
             f"{size['trained']}, rollout {size['rollout']} or update {size['update']}); {duration(step)} a step (rollout {duration(seconds[0])}, update "
             f"{duration(seconds[1])}), {duration(seconds[2])} for the evaluation before and after, {duration(whole_run)} for {cfg.max_steps} steps, "
-            f"at 40 % of this machine's matmul rate")
+            f"at 40 % of this machine's matmul rate" + (", activations computed twice" if cfg.gradient_checkpointing == "on" else ""))
     if device.startswith("cuda"):
         room = torch.cuda.get_device_properties(device).total_memory / 1e9
         if cost["weights"] + cost["trained"] > room:
@@ -798,7 +809,7 @@ def announce(config, cfg, prompt_length: int, device: str, processes: int) -> st
                            + ("a larger GPU" if cfg.quantize else "--quantize 4bit" if cfg.lora_rank else
                               "--lora-rank 64, or --fsdp on with more GPUs"))
         if cost["total"] > room:
-            text += f"\nwarning: this GPU has {room:.0f} GB; smaller --rollout-batch and --micro-batch or --gradient-checkpointing on need less"
+            text += f"\nwarning: this GPU has {room:.0f} GB; smaller --rollout-batch and --tokens-per-pass need less"
     return text
 
 
@@ -815,8 +826,8 @@ def out_of_memory(error: Exception, cfg) -> str:
     if "rollout" in frames:
         where, flags = "in a rollout", f"--rollout-batch {max(1, cfg.rollout_batch // 2)}"
     elif frames & {"policy_loss", "backward"}:
-        where, flags = "in the update", f"--micro-batch {max(1, cfg.micro_batch // 2)}"
-        flags += " or --gradient-checkpointing on" if cfg.gradient_checkpointing == "off" else ""
+        where, flags = "in the update", f"--tokens-per-pass {max(1, cfg.tokens_per_pass // 2)}"
+        flags += " or --gradient-checkpointing on" if cfg.gradient_checkpointing != "on" else ""
     else:
         return "the GPU ran out of memory with weights and optimizer: --quantize 4bit, a smaller --lora-rank or --fsdp on with more GPUs need less"
     return f"the GPU ran out of memory {where}: --resume with {flags} continues from the last checkpoint"
@@ -1094,7 +1105,7 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     return 0
 
 
-SAMPLING = ("task", "model", "model_block", "quantize", "data", "prompt", "system_prompt", "seed", "device", "block_length", "unmasking",
+SAMPLING = ("task", "model", "model_block", "quantize", "data", "prompt", "system_prompt", "seed", "device", "block_length", "unmasking", "cache",
             "order_score", "controller", "tau_pos", "threshold", "entropy_bound", "temperature", "top_k", "top_p")               # what an evaluation takes of agrpo.Config
 
 
@@ -1164,7 +1175,7 @@ def run(args) -> int:
     """Complete, grade, save, print: everything that `python eval.py` does with a model."""
     import agrpo
     cfg, shapes = settings_of(args)
-    settings, results = {k: getattr(cfg, k) for k in SAMPLING if k != "controller" or cfg.controller != "off"}, []
+    settings, results = {k: getattr(cfg, k) for k in SAMPLING if getattr(cfg, k) != {"controller": "off", "cache": "none"}.get(k)}, []
     if args.out:                                                                     # before a model is opened or trained
         open_completions(Path(args.out), settings, args.overwrite)
     examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -463,14 +464,14 @@ def math_form(normal: str) -> tuple:
 
 class MathWorker:
     """math-verify in a process of its own. Its time limit is an alarm that ends that process, whatever the library computes, so it
-    holds in any thread or process of ours and leaves nothing behind; the next question starts a new one."""
+    holds in any thread or process of ours and leaves nothing behind; the next question starts a new one. Of one thread only."""
 
     def __init__(self):
         self.forget()
-        os.register_at_fork(after_in_child=self.forget)                      # lock and pipe are the parent's
+        os.register_at_fork(after_in_child=self.forget)                      # the pipe is the parent's
 
     def forget(self):
-        self.lock, self.process = threading.Lock(), None
+        self.process = None
 
     def start(self):
         path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -490,22 +491,21 @@ class MathWorker:
 
     def equal(self, gold: str, answer: str) -> bool:
         """Whether math-verify finds the two equal in value; False if it cannot tell in time."""
-        with self.lock:
-            for _ in range(2):                                               # a worker that somebody killed is asked once more
-                try:
-                    if self.process is None:
-                        self.start()
-                    self.process.stdin.write(json.dumps([gold, answer]) + "\n")
-                    self.process.stdin.flush()
-                    if verdict := self.process.stdout.readline():
-                        return verdict == "1\n"
-                except OSError:
-                    pass
-                except BaseException:                                        # its verdict would answer the next question
-                    self.stop()
-                    raise
-                if self.stop() == -signal.SIGALRM:
-                    return False
+        for _ in range(2):                                                   # a worker that somebody killed is asked once more
+            try:
+                if self.process is None:
+                    self.start()
+                self.process.stdin.write(json.dumps([gold, answer]) + "\n")
+                self.process.stdin.flush()
+                if verdict := self.process.stdout.readline():
+                    return verdict == "1\n"
+            except OSError:
+                pass
+            except BaseException:                                            # its verdict would answer the next question
+                self.stop()
+                raise
+            if self.stop() == -signal.SIGALRM:
+                return False
         return False
 
 
@@ -529,7 +529,25 @@ def math_worker(limit: int):
         print(int(bool(equal)), flush=True)
 
 
-_worker = MathWorker()
+class Workers(threading.local):
+    """Each thread's own: graders in several threads do not wait for one another."""
+
+    def __init__(self):
+        self.math = MathWorker()
+
+
+_workers = Workers()
+
+
+@cache
+def graders() -> ThreadPoolExecutor:
+    """Threads that grade while a model is busy. What may take long runs in a process of its own, with a time limit."""
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1), "grader")
+
+
+os.register_at_fork(after_in_child=graders.cache_clear)                      # its threads are the parent's
+
+
 
 
 @lru_cache(100_000)
@@ -556,7 +574,7 @@ def math_equal(gold: str, answer: str) -> bool:
         return False                                                         # ... takes a pair for a set, and K for k
     if forms != others and forms[0].startswith("base") and others[0].startswith("base"):
         return False                                                         # ... and leaves the base out
-    return _worker.equal(a, b)
+    return _workers.math.equal(a, b)
 
 
 def math_answer(completion: str) -> str:

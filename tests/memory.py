@@ -11,10 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHAPES = {      # name: (V, width, inner, layers, heads, settings); the estimate's coefficients were fitted to three others
-    "large vocabulary": (126464, 192, 512, 3, 3, dict(completion_length=96, block_length=12, steps=8, lora_rank=8, rollout_batch=8, micro_batch=4)),
-    "wide, adapters": (4000, 1280, 3400, 3, 10, dict(completion_length=160, block_length=16, steps=10, lora_rank=32, rollout_batch=8, micro_batch=8)),
+    "large vocabulary": (126464, 192, 512, 3, 3, dict(completion_length=96, block_length=12, steps=8, lora_rank=8, rollout_batch=8, tokens_per_pass=4 * 196)),
+    "wide, adapters": (4000, 1280, 3400, 3, 10, dict(completion_length=160, block_length=16, steps=10, lora_rank=32, rollout_batch=8, tokens_per_pass=8 * 260)),
     "full fine-tuning, checkpointing": (16000, 640, 1792, 6, 10, dict(completion_length=128, block_length=32, steps=4, lora_rank=0, rollout_batch=8,
-                                                                      micro_batch=16, gradient_checkpointing="on")),
+                                                                      tokens_per_pass=16 * 228, gradient_checkpointing="on")),
 }
 PROMPT = 100
 
@@ -53,7 +53,7 @@ def measure(name):
         layer.forward = agrpo.computed_again(layer)
     policy = agrpo.Policy(net, 5, 6)
     optimizer = agrpo.make_optimizer(policy, cfg)
-    prompt, rows = torch.full((16, PROMPT), 7), range(16)
+    prompt = torch.full((16, PROMPT), 7)
     peaks = {"weights": resident() - empty}
     for turn in range(2):                                            # the first turn makes the optimizer's state
         base = resident()
@@ -65,8 +65,8 @@ def measure(name):
         before = resident()
         adv = torch.tensor([1.0, -1.0] * 8, dtype=torch.float64)
         views = agrpo.agrpo_views(traj, adv, cfg, 5, agrpo.generator(turn))
-        for start in range(0, len(rows), cfg.micro_batch):
-            loss, _ = agrpo.policy_loss(policy, traj, views.select(slice(start, start + cfg.micro_batch)), adv, cfg)
+        for part in agrpo.passes(traj, cfg, views):
+            loss, _ = agrpo.policy_loss(policy, traj, views.select(part), adv, cfg)
             loss.backward()
         del loss
         grads = sum(p.grad.numel() for p in policy.parameters() if p.grad is not None) * 4e-6

@@ -19,11 +19,11 @@ def main(model, out, kind, prompts):
         accelerate.PartialState(cpu=True)
     torch.set_num_threads(1)
     cfg = agrpo.Config(task="countdown", model=model, prompt="bare", device="cpu", prompts=int(prompts), completions=4, completion_length=12, block_length=4,
-                       steps=6, mc_steps=2, unmasking="low_confidence", lora_rank=4 if kind in ("lora", "value") else 0, micro_batch=3, rollout_batch=5,
+                       steps=6, mc_steps=2, unmasking="low_confidence", lora_rank=4 if kind in ("lora", "value") else 0, tokens_per_pass=80, rollout_batch=5,
                        max_grad_norm=1e9, gradient_checkpointing="on")
     more = {"value": {"method": "tracerl", "value_model": "on", "kl": 0.1, "inner_epochs": 2, "position_term": "off"},
             "controller": {"controller": "threshold", "threshold": 0.03, "unmasking": "threshold", "steps": 12, "dynamic_sampling": 2, "position_term": "off"},
-            "sft": {"sft": "gold", "micro_batch": 2}}
+            "sft": {"sft": "gold", "tokens_per_pass": 60}}
     cfg = dataclasses.replace(cfg, **more.get(kind, {}))
     policy, tokenizer = agrpo.load_policy(model, "cpu", cfg, train=True)
     policy.double()

@@ -79,7 +79,7 @@ def test_a_killed_evaluation_continues_and_ends_the_same(tiny, capsys):
 def test_a_second_call_makes_only_what_is_missing(tiny, monkeypatch):
     assert evaluation.main([*TINY, "--limit", "6", "--steps", "8", "--out", "e.jsonl"]) == 0
     before, generate, calls = Path("e.jsonl").read_text(), agrpo.generate, []
-    monkeypatch.setattr(agrpo, "generate", lambda *a: calls.append((a[2].completion_length, a[2].steps)) or generate(*a))
+    monkeypatch.setattr(agrpo, "generate", lambda *a, **rest: calls.append((a[2].completion_length, a[2].steps)) or generate(*a, **rest))
     assert evaluation.main([*TINY, "--limit", "6", "--steps", "8,4", "--lengths", "16,32", "--out", "e.jsonl"]) == 0
     assert calls == [(16, 4), (32, 8), (32, 4)] and Path("e.jsonl").read_text().startswith(before)
     shapes = [(r["length"], r["steps"]) for r in json.loads(Path("e.json").read_text())["results"]]

@@ -126,7 +126,7 @@ def test_timesteps_estimate_the_sum_without_bias(rule, K, seed):
     estimate, exact = (weight * f).sum(1), float(f[:m].sum())
     if rule.startswith("without_replacement"):
         assert bool(((weight > 0).sum(1) == min(K, m)).all())                        # a pass is paid once, and K are
-    if m <= K and ("without" in rule or rule == "batch_gradient") or rule == "stratified" and m == K:
+    if m <= K and ("without" in rule or rule in ("batch_gradient", "independent_gradient")) or rule == "stratified" and m == K:
         assert (estimate - exact).abs().max() < 1e-12                                # all steps drawn: the sum itself
     # batch points are dependent across rows, which only makes the mean tighter than this standard error
     error = float(estimate.std() / math.sqrt(len(estimate)))
@@ -177,7 +177,7 @@ def test_weights_are_bounded_but_for_the_papers_rule(rule):
     visits, _ = problem(N=64)
     visits = visits._replace(entropy=visits.entropy * 0 + 1e-3, gradient=visits.gradient * 0 + 1e-3, horizon=torch.full((64,), 8))
     visits.entropy[:, 0], visits.gradient[:, 0] = 1.0, 1.0
-    bound = 8 / 0.1 / 2 * (visits.adv.abs().mean() / visits.adv.abs())[:, None] if rule == "batch_gradient" else 8 / 0.1 / 2
+    bound = 8 / 0.1 / 2 * (visits.adv.abs().mean() / visits.adv.abs())[:, None] if rule in ("batch_gradient", "independent_gradient") else 8 / 0.1 / 2
     weights = torch.stack([agrpo.TIMESTEPS[rule](visits, 2, torch.Generator().manual_seed(i)) for i in range(200)])
     assert bool((weights <= torch.clamp(torch.as_tensor(bound), min=1) * 2 * 1.0001).all()) == (rule != "batch_entropy")
 
@@ -323,13 +323,18 @@ def test_after_an_update_tokens_are_clipped_one_by_one_and_the_choice_of_positio
         assert bool(torch.isfinite(torch.autograd.grad(loss, policy.table)[0]).all())
 
 
+BOTH = torch.tensor([0, 0]), torch.tensor([0, 1])                                    # one row, two open positions
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_law_of_losing_stays_finite_when_nothing_or_everything_loses(dtype):
     def order_logp(winner, loser):
         """Position 0 revealed token 0; logits of both -> log-probability of the choice, and its gradient."""
         logits = torch.tensor([winner, loser], dtype=dtype).requires_grad_()
-        logp = logits.log_softmax(-1)
-        out = agrpo.losing_logp(logp, logp, torch.tensor([0, 1]), torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0, -1]]), BASE)
+        cfg = dataclasses.replace(BASE, temperature=1.0)
+        out, size = agrpo.losing_logp(agrpo.Law(logits, cfg), torch.tensor([0, 1]), BOTH, torch.tensor([[0, -1]]), torch.tensor([1]), cfg)
+        found = torch.autograd.grad(out.sum(), logits, retain_graph=True)[0]
+        assert torch.allclose(size, found.square().sum(1), atol=1e-5 if dtype == torch.float32 else 1e-12)
         return float(out.detach()), torch.autograd.grad(out.sum(), logits)[0]
 
     nothing, gradient = order_logp([-50.0, 0.0, 0.0], [0.0, 0.0, 0.0])               # every candidate would have won
@@ -344,9 +349,8 @@ def test_the_law_of_losing_stays_finite_when_nothing_or_everything_loses(dtype):
     with_mask = torch.tensor([[1.0, 0.0, -math.inf], [0.5, 0.2, -math.inf]], dtype=dtype).requires_grad_()     # MASK's column
     for rule in ("low_confidence", "plackett_luce"):
         for score in agrpo.ORDER_SCORE:
-            logp = with_mask.log_softmax(-1)
-            out = agrpo.UNMASK[rule].order_logp(logp, logp, torch.tensor([0, 1]), torch.ones(1, 2, dtype=torch.bool),
-                                                torch.tensor([[0, -1]]), dataclasses.replace(BASE, order_score=score))
+            cfg = dataclasses.replace(BASE, order_score=score)
+            out, _ = agrpo.UNMASK[rule].order_logp(agrpo.Law(with_mask, cfg), torch.tensor([0, 1]), BOTH, torch.tensor([[0, -1]]), torch.tensor([1]), cfg)
             assert bool(torch.isfinite(torch.autograd.grad(out.sum(), with_mask)[0]).all())
 
 
@@ -407,10 +411,37 @@ def test_ties_go_to_the_leftmost_position_and_keep_the_law_exact(unmasking):
 def test_top_p_keeps_the_token_that_crosses_p_and_survives_huge_logits():
     cfg = dataclasses.replace(BASE, temperature=1.0, top_k=4, top_p=0.7)
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log() + 5000.0
-    logp, support = agrpo.sampling_law(logits, cfg)
-    assert torch.allclose(logp.exp(), torch.tensor([[0.625, 0.375, 0, 0]]).double()) and support.tolist() == [[0, 1, 4, 4]]
-    again, _ = agrpo.sampling_law(logits, dataclasses.replace(cfg, top_p=0.1), support)
-    assert torch.equal(again, logp)                                                  # a given support is used as it is
+    law = agrpo.Law(logits, cfg)
+    assert torch.allclose(law.p, torch.tensor([[0.625, 0.375, 0, 0]]).double()) and law.support.tolist() == [[0, 1, 4, 4]]
+    assert abs(float(law.logp(torch.tensor([1])).exp()) - 0.375) < 1e-12
+    again = agrpo.Law(logits, dataclasses.replace(cfg, top_p=0.1), law.support)
+    assert torch.equal(again.p, law.p)                                               # a given support is used as it is
+
+
+@pytest.mark.parametrize("V", [5, 1023, 1024, 5000])
+def test_a_draw_inverts_the_cumulative_distribution(V):
+    logits = torch.randn(200, V, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, [0, V // 2, V - 1]] = -math.inf                                        # no token to draw, first, last or between
+    u = torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
+    law = agrpo.Law(logits, dataclasses.replace(BASE, temperature=1.0))
+    upto = law.p.double().cumsum(1)
+    token = law.draw(u)
+    assert bool((law.p.gather(1, token[:, None]) > 0).all())
+    u = u.clamp(max=1 - 2**-50)
+    want = torch.searchsorted(upto, (u * upto[:, -1])[:, None], right=True).squeeze(1)
+    assert int((token != want).sum()) <= 1                                           # but for the last bit
+
+
+def test_log_sum_exp_has_the_value_and_the_gradient_of_the_library():
+    z = torch.randn(20, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    with torch.no_grad():
+        z[:, 7] = -math.inf
+    weight = torch.randn(20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    value, p = agrpo.LogSumExp.apply(z)
+    assert (value - z.logsumexp(-1)).abs().max() < 1e-12 and not p.requires_grad
+    got, want = (torch.autograd.grad((weight * x).sum(), z)[0] for x in (value, z.logsumexp(-1)))
+    assert (got - want).abs().max() < 1e-14
 
 
 def test_a_block_longer_than_the_prompt_is_denoised_and_all_eos_rows_do_no_harm():

@@ -17,7 +17,7 @@ from test_train import CFG, Watched, examples, tiny
 import agrpo
 import eval as run_folder
 
-BLOCKS = dataclasses.replace(CFG, model="tiny-block", completion_length=20, block_length=4, steps=10, position_term="off")
+BLOCKS = dataclasses.replace(CFG, model="tiny-block", completion_length=20, block_length=4, steps=10, position_term="off", cache="block")
 
 
 def tiny_blocks(cfg=BLOCKS, block=4):
@@ -248,7 +248,7 @@ def moved(policy, size=0.05):
 def test_old_log_probs_are_those_of_the_same_views(method):
     """Ratio one at the first update, whichever way the old ones come; after an update the ratio is new / old of the view."""
     policy, _ = tiny()
-    cfg = dataclasses.replace(CFG, method=method, position_term="off", shrink=2, prompt_masking=0.3, micro_batch=3)
+    cfg = dataclasses.replace(CFG, method=method, position_term="off", shrink=2, prompt_masking=0.3, tokens_per_pass=60)
     prompt = torch.randint(6, 100, (6, 9), generator=torch.Generator().manual_seed(1))
     traj, adv = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(6)]), torch.ones(6, dtype=torch.float64)
     views = agrpo.VIEWS[method](traj, adv, cfg, policy.mask_id, agrpo.generator(1))
@@ -474,7 +474,7 @@ def test_the_value_model_learns_what_states_expect_and_leaves_the_policy_alone(k
         policy, tokenizer = agrpo.load_policy(str(tmp_path / "model"), "cpu", cfg, train=True)
     else:
         cfg, (policy, tokenizer) = CFG, tiny(dtype=torch.float32)
-    cfg = dataclasses.replace(cfg, method="exact", value_lr=3e-3, lr=1e-5, position_term="off", warmup=1, clip=5.0, micro_batch=64)
+    cfg = dataclasses.replace(cfg, method="exact", value_lr=3e-3, lr=1e-5, position_term="off", warmup=1, clip=5.0, tokens_per_pass=10_000)
     prompt = torch.randint(200 if kind == "adapters" else 90, (16, 5), generator=torch.Generator().manual_seed(0))
     policy.value = agrpo.ValueModel(policy, cfg)
     optimizer = agrpo.make_optimizer(policy, cfg)
@@ -483,11 +483,11 @@ def test_the_value_model_learns_what_states_expect_and_leaves_the_policy_alone(k
     traj = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(16)])
     views = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
     logp, _ = agrpo.step_logp(policy, traj, views, cfg)
-    assert (policy.value.of(traj, views, 7) == 0).all()                                  # zero at first
+    assert (policy.value.of(traj, views, cfg) == 0).all()                                  # zero at first
     reward = (traj.prompt[:, 0] % 2).double()                                            # known from the prompt
     returns, losses = reward[:, None].expand(traj.tokens.shape), []
     for _ in range(40):
-        old = policy.value.of(traj, views, 64)
+        old = policy.value.of(traj, views, cfg)
         with policy.value.on():
             loss = policy.value.loss(traj, views, old, returns, cfg.clip)
             loss.backward()
@@ -516,7 +516,7 @@ def test_the_value_loss_is_its_definition_weighted_as_the_policys():
     views = agrpo.tracerl_views(traj, None, cfg, policy.mask_id, None)
     value = agrpo.ValueModel(policy, cfg).double()
     torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
-    now, g = value.of(traj, views, 7), torch.Generator().manual_seed(1)
+    now, g = value.of(traj, views, BLOCKS), torch.Generator().manual_seed(1)
     old, returns = (now + 0.5 * torch.randn(now.shape, generator=g).double() for _ in range(2))
     want = 0.0
     for row, target, weight in zip(views.row.tolist(), views.target, views.weight.tolist()):
@@ -655,7 +655,7 @@ def test_thresholds_are_drawn_from_the_controllers_law_and_act_row_by_row():
 def test_a_rollout_with_the_block_cache_equals_one_without(unmasking):
     policy, _ = tiny_blocks()
     cfg = dataclasses.replace(BLOCKS, unmasking=unmasking, threshold=0.03, steps=20, position_term="on")
-    cached, plain = ragged(policy, cfg), ragged(policy, dataclasses.replace(cfg, block_cache="off"))
+    cached, plain = ragged(policy, cfg), ragged(policy, dataclasses.replace(cfg, cache="none"))
     for k, v in vars(plain).items():
         if isinstance(v, torch.Tensor):
             assert torch.equal(vars(cached)[k], v) if v.dtype == torch.long else torch.allclose(vars(cached)[k], v, atol=1e-10), k
@@ -665,7 +665,7 @@ def test_a_mask_token_in_the_prompt_does_not_mislead_the_block_cache():
     policy, _ = tiny_blocks()
     prompt = torch.randint(6, 100, (2, 9), generator=torch.Generator().manual_seed(1))
     prompt[0, 3] = policy.mask_id
-    cached, plain = (agrpo.rollout(policy, prompt, torch.ones_like(prompt), dataclasses.replace(BLOCKS, block_cache=c), [(0,), (1,)]) for c in ("on", "off"))
+    cached, plain = (agrpo.rollout(policy, prompt, torch.ones_like(prompt), dataclasses.replace(BLOCKS, cache=c), [(0,), (1,)]) for c in ("block", "none"))
     assert torch.equal(cached.tokens, plain.tokens) and (cached.logp - plain.logp).abs().max() < 1e-10
 
 
@@ -682,7 +682,7 @@ def test_a_published_block_model_rolls_out_with_the_cache(tmp_path):
     policy, _ = agrpo.load_policy(str(tmp_path / "model"), "cpu")
     policy, cfg = policy.double(), dataclasses.replace(BLOCKS, completion_length=12, steps=12)
     assert policy.block == 4
-    cached, plain = ragged(policy, cfg), ragged(policy, dataclasses.replace(cfg, block_cache="off"))
+    cached, plain = ragged(policy, cfg), ragged(policy, dataclasses.replace(cfg, cache="none"))
     assert torch.equal(cached.tokens, plain.tokens) and (cached.logp - plain.logp).abs().max() < 1e-10
     views = agrpo.dipo_views(cached, None, cfg, policy.mask_id, None)
     with torch.no_grad():

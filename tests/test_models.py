@@ -311,9 +311,9 @@ def test_the_defaults_for_a_checkpoint_are_the_published_recipe(job):
     assert cfg.max_steps == cfg.decay_steps == 5 * 7473 // 16 and cfg.warmup == cfg.max_steps // 100                    # five epochs, 1 % of them
     assert (cfg.eval_length, cfg.eval_block_length, cfg.eval_steps, cfg.prompt) == (256, 32, "128", "agrpo")
     assert agrpo.evaluation_config(cfg).completion_length == 256 and agrpo.evaluation_config(cfg).temperature == 0
-    assert (cfg.rollout_batch, cfg.gradient_checkpointing) == (8, "on")                                                # no GPU: as the smallest
+    assert (cfg.rollout_batch, cfg.gradient_checkpointing) == (8, "auto")                                                # no GPU: as the smallest
     large, _ = agrpo.parse(["--task", "gsm8k", "--model", "model", "--device", "cpu", "--preset", "80gb", "--rollout-batch", "7", "--mc-steps", "2"])
-    assert (large.rollout_batch, large.gradient_checkpointing, large.mc_steps) == (7, "off", 2)                         # flags win
+    assert (large.rollout_batch, large.gradient_checkpointing, large.mc_steps) == (7, "auto", 2)                         # flags win
     official, _ = agrpo.parse(["--task", "gsm8k", "--model", "model", "--device", "cpu", "--preset", "official"])
     assert (official.unmasking, official.advantage, official.mc_steps) == ("random", "mean", 24)
 
@@ -335,7 +335,7 @@ def test_a_large_local_checkpoint_needs_a_gpu_too(here, monkeypatch, capsys):
     assert agrpo.main(["--task", "gsm8k", "--model", "model", "--device", "cpu"]) == 2 and "CUDA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where, flag", [("rollout", "--rollout-batch 1"), ("step_logp", "--micro-batch")])
+@pytest.mark.parametrize("where, flag", [("rollout", "--rollout-batch 1"), ("step_logp", "--tokens-per-pass")])
 def test_out_of_memory_is_one_line_with_the_flag_to_change(job, monkeypatch, where, flag, capsys):
     assert agrpo.main([*JOB, "--name", "x", "--max-steps", "1"]) == 0
     before, work = torch.load("runs/x/checkpoint.pt", weights_only=True), getattr(agrpo, where)
@@ -353,7 +353,7 @@ def test_out_of_memory_is_one_line_with_the_flag_to_change(job, monkeypatch, whe
     assert err.count("\n") == 1 and "--resume with " + flag in err
     assert torch.load("runs/x/checkpoint.pt", weights_only=True)["step"] == before["step"] == 1
     monkeypatch.setattr(agrpo, where, work)
-    assert agrpo.main(["--name", "x", "--resume", "--max-steps", "2", "--rollout-batch", "2", "--micro-batch", "1", "--gradient-checkpointing", "on"]) == 0
+    assert agrpo.main(["--name", "x", "--resume", "--max-steps", "2", "--rollout-batch", "2", "--tokens-per-pass", "50", "--gradient-checkpointing", "on"]) == 0
 
 
 def test_the_estimate_counts_what_the_model_holds(tmp_path):

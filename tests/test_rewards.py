@@ -242,11 +242,11 @@ EQUAL = {"problem": "", "answer": "16\\sqrt{3}"}
 def one_second(monkeypatch):
     """A worker with a limit of a second."""
     monkeypatch.setattr(rewards, "MATH_LIMIT", 1)
-    monkeypatch.setattr(rewards, "_worker", rewards.MathWorker())
+    monkeypatch.setattr(rewards._workers, "math", rewards.MathWorker())
     rewards.math_equal.cache_clear()
     yield
-    if rewards._worker.process:
-        rewards._worker.stop()
+    if rewards._workers.math.process:
+        rewards._workers.math.stop()
 
 
 def verdicts(queue=None):
@@ -274,7 +274,7 @@ def test_the_time_limit_holds_in_threads_and_processes_alike(one_second):
 
 def test_a_lost_verdict_is_asked_again_and_an_interrupted_one_is_never_anothers():
     assert grade("math", "\\sqrt{3}*(24-8)", EQUAL) == 1
-    os.kill(rewards._worker.process.pid, signal.SIGKILL)
+    os.kill(rewards._workers.math.process.pid, signal.SIGKILL)
     assert grade("math", "\\sqrt{3}*(25-9)", EQUAL) == 1                                  # killed by somebody: asked once more
 
     def interrupt(number, frame):
@@ -292,8 +292,7 @@ def test_a_lost_verdict_is_asked_again_and_an_interrupted_one_is_never_anothers(
 def test_a_fork_while_another_thread_waits_does_not_hang(one_second):
     thread = threading.Thread(target=grade, args=("math", "9^{9^{9^{9}}}+\\sqrt{3}", EQUAL))
     thread.start()
-    while not rewards._worker.lock.locked():
-        time.sleep(0.01)
+    time.sleep(0.5)
     queue = multiprocessing.get_context("fork").Queue()
     child = multiprocessing.get_context("fork").Process(target=lambda: queue.put(grade("math", "\\sqrt{3}*(26-10)", EQUAL)), daemon=True)
     child.start()
@@ -311,7 +310,7 @@ def test_an_ignored_alarm_in_our_process_does_not_lift_the_limit(one_second):
 
 
 def test_a_missing_library_is_told_and_not_graded_as_wrong(monkeypatch):
-    monkeypatch.setattr(rewards, "_worker", rewards.MathWorker())
+    monkeypatch.setattr(rewards._workers, "math", rewards.MathWorker())
     monkeypatch.setattr(rewards.sys, "executable", "/bin/false")
     with pytest.raises(BadInput, match="math-verify"):
         grade("math", "\\sqrt{3}*(23-7)", EQUAL)

@@ -55,11 +55,11 @@ def varied_reward(monkeypatch):
 
 
 @pytest.mark.parametrize("unmasking", ["confidence", "low_confidence", "plackett_luce"])
-def test_one_optimizer_step_and_one_gradient_whatever_the_micro_batch(unmasking, varied_reward):
+def test_one_optimizer_step_and_one_gradient_whatever_the_tokens_per_pass(unmasking, varied_reward):
     seen = []
-    for micro in (1, 5, 1000):
+    for tokens in (1, 200, 100_000):
         for K in (2, 8):
-            cfg = dataclasses.replace(CFG, micro_batch=micro, mc_steps=K, unmasking=unmasking, max_grad_norm=1e9)
+            cfg = dataclasses.replace(CFG, tokens_per_pass=tokens, mc_steps=K, unmasking=unmasking, max_grad_norm=1e9)
             policy, tokenizer = tiny(cfg)
             optimizer = Watched(policy.model.parameters(), lr=0.1)
             agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, cfg)

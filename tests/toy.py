@@ -23,6 +23,7 @@ class TableDenoiser:
         self.C, self.V, self.mask_id, self.eos_id = C, V, V, V - 1 if eos else -1
         self.table = (scale * torch.randn((V + 1) ** C, C, V, generator=g, dtype=torch.float64)).requires_grad_()
         self.model, self.turn_id, self.block = self, None, 0
+        self.wait_for_others = lambda: None
         self.mean = torch.zeros((), dtype=torch.float64, requires_grad=True)             # of a controller's threshold
 
     def parameters(self):

@@ -1,0 +1,204 @@
+"""Protects caches and what they cost in correctness: a cached rollout is the stock recipe's, its bias is corrected, a step waits once for
+the GPU. Run: pytest tests/test_cache.py"""
+import dataclasses
+import itertools
+import math
+
+import pytest
+import toy
+import torch
+from toy import agrpo
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+CFG = agrpo.Config(completion_length=12, block_length=4, steps=6, temperature=0.9, unmasking="random", base_hidden=32, base_layers=2)
+BASE = agrpo.Config(completion_length=3, block_length=3, steps=3, temperature=0.7, method="exact", cache="dual", is_cap=1e9)
+
+
+def tiny(cfg=CFG):
+    tokenizer = agrpo.tiny_tokenizer()
+    net = agrpo.tiny_model(tokenizer, cfg, 0).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(3.0)                                                                  # so that the cached law is another one
+    return agrpo.Policy(net, tokenizer.mask_token_id, tokenizer.eos_token_id)
+
+
+def prompts(*lengths):
+    P = max(lengths)
+    prompt = torch.randint(6, 100, (len(lengths), P), generator=torch.Generator().manual_seed(1))
+    return prompt, (torch.arange(P) >= P - torch.tensor(lengths)[:, None]).long()
+
+
+def keep(cache, which):
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[..., which, :], layer.values[..., which, :]
+
+
+@torch.no_grad()
+def stock_logits(policy, prompt, before, state, start, L, kind):
+    """Logits (N, C, V) of the block at `start` in `state`, by the library's own cache filled on the state `before`."""
+    decoder, cache, P = policy.model.get_decoder(), DynamicCache(), prompt.shape[1]
+    full, now = torch.cat([prompt, before], 1), torch.cat([prompt, state], 1)
+    N, S, s, e = len(prompt), full.shape[1], P + start, P + start + L
+    sees = lambda q, k: torch.ones(N, 1, q, k, dtype=torch.bool)                         # noqa: E731
+    decoder(input_ids=full, attention_mask=sees(S, S), past_key_values=cache, use_cache=True)
+    if kind == "prefix":
+        keep(cache, slice(0, s))
+        part, positions = now[:, s:], torch.arange(s, S)[None]
+    else:
+        keep(cache, [*range(s), *range(e, S)])
+        part, positions = now[:, s:e], torch.arange(s, e)[None]
+    hidden = decoder(input_ids=part, attention_mask=sees(part.shape[1], S), position_ids=positions, past_key_values=cache).last_hidden_state
+    logits = torch.full((N, state.shape[1], policy.model.config.vocab_size), math.nan, dtype=hidden.dtype)
+    logits[:, start:start + L] = policy.model.get_output_embeddings()(hidden[:, :L])
+    logits[..., policy.mask_id] = -math.inf
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["dual", "prefix"])
+def test_a_cached_rollout_records_the_log_probs_of_the_librarys_own_cache(kind):
+    policy, cfg = tiny(), dataclasses.replace(CFG, cache=kind)
+    prompt, mask = prompts(7, 7, 7)
+    traj = agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(3)])
+    assert (traj.nfe == 6).all()
+    away = []
+    for t in range(6):
+        every = torch.arange(3)
+        state, target = agrpo.state_at(traj, every, torch.full((3,), t), policy.mask_id)
+        before, _ = agrpo.state_at(traj, every, torch.full((3,), t // 2 * 2), policy.mask_id)     # two steps a block
+        law = agrpo.Law(stock_logits(policy, prompt, before, state, t // 2 * 4, 4, kind)[target], cfg)
+        assert (law.logp(traj.tokens[target]) - traj.logp[target]).abs().max() < 1e-10
+        plain = agrpo.Law(policy.logits(prompt, mask, state, target), cfg).logp(traj.tokens[target]).detach()
+        away.append(float((plain - traj.logp[target]).abs().max()))
+    assert max(away[0::2]) < 1e-10 and min(away[1::2]) > 1e-3                             # exact on coming to a block, approximate within it
+
+
+@pytest.mark.parametrize("kind", ["dual", "prefix"])
+@pytest.mark.parametrize("unmasking", ["low_confidence", "threshold"])
+def test_rows_that_stand_at_different_blocks_do_not_mind_one_another(kind, unmasking):
+    policy, (prompt, mask) = tiny(), prompts(7, 5, 1, 6)
+    policy.eos_id = 9                                                                    # some rows finish early
+    cfg = dataclasses.replace(CFG, cache=kind, unmasking=unmasking, threshold=0.2, steps=12)
+    traj = agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(4)])
+    assert unmasking == "low_confidence" or len(traj.nfe.unique()) > 1
+    for i in range(4):
+        n = int(mask[i].sum())
+        alone = agrpo.rollout(policy, prompt[i:i + 1, -n:], mask[i:i + 1, -n:], cfg, [(i,)])
+        assert torch.equal(alone.tokens[0], traj.tokens[i]) and torch.equal(alone.reveal_step[0], traj.reveal_step[i])
+        assert (alone.logp[0] - traj.logp[i]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind, widths", [("dual", {19, 4}), ("prefix", {19, 12, 8, 4})])
+def test_a_cache_computes_what_it_says(kind, widths):
+    policy, seen = tiny(), []
+    inner = policy.decode
+    policy.decode = lambda ids, *rest: seen.append(ids.shape[1]) or inner(ids, *rest)
+    agrpo.rollout(policy, *prompts(7, 7), dataclasses.replace(CFG, cache=kind), [(0,), (1,)])
+    assert set(seen) == widths and seen.count(19) == 3 and len(seen) == 6
+
+
+def test_a_model_with_shifted_logits_computes_the_column_before_the_block():
+    policy, (prompt, mask) = tiny(), prompts(7, 4)
+    policy.shift = True
+    cfg = dataclasses.replace(CFG, steps=3)                                              # a step a block: each comes to a block, exact
+    cached, plain = (agrpo.rollout(policy, prompt, mask, dataclasses.replace(cfg, cache=c), [(0,), (1,)]) for c in ("dual", "none"))
+    assert torch.equal(cached.tokens, plain.tokens) and (cached.logp - plain.logp).abs().max() < 1e-10
+    seen, inner = [], policy.decode
+    policy.decode = lambda ids, *rest: seen.append(ids.shape[1]) or inner(ids, *rest)
+    agrpo.rollout(policy, prompt, mask, dataclasses.replace(CFG, cache="dual"), [(0,), (1,)])
+    assert set(seen) == {19, 5}
+
+
+# ------------------------------------------------------------------------------------------ the correction, against enumeration
+def case(unmasking, seed):
+    """A denoiser, and every trajectory of a cached rollout: one whose law is some way off."""
+    full, cached = toy.TableDenoiser(3, seed=seed), toy.TableDenoiser(3, seed=seed)
+    with torch.no_grad():
+        noise = torch.randn(cached.table.shape, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
+        noise[-1] = 0.0                                                                  # the first step is exact
+        cached.table += 0.4 * noise
+    cfg = dataclasses.replace(BASE, unmasking=unmasking, position_term="off" if unmasking == "random" else "on")
+    return cfg, full, toy.as_trajectory(cached, cfg, found := toy.enumerate_trajectories(cached, cfg)), found
+
+
+def expected_gradient(cfg, policy, traj, found, views_of, want):
+    """Error of the expected gradient over all trajectories of the cached rollout, relative to that of E[R] without a cache."""
+    prob = torch.tensor([float(f[2].detach()) for f in found], dtype=torch.float64)
+    adv = prob * torch.tensor([toy.reward_of(f[0], policy.V) for f in found], dtype=torch.float64)
+    got = 0.0
+    for weight, chance in views_of(len(found)):
+        views = agrpo.score_old(policy, traj, agrpo.views_where(weight, traj, cfg, policy.mask_id), cfg)
+        views = agrpo.correct_for_cache(views, traj, cfg) if cfg.is_cap else views
+        loss, ratio = agrpo.policy_loss(policy, traj, views, adv, cfg)
+        assert (ratio - 1).abs().max() < 1e-12
+        got = got - chance * torch.autograd.grad(loss, policy.table)[0] * len(found) * cfg.steps
+    return float((got - want).norm() / want.norm())
+
+
+def every_step(N):
+    yield torch.ones(N, 3, dtype=torch.float64), 1.0
+
+
+def drawn_independently(N, pi=(0.3, 0.8, 0.5)):
+    """All sets of steps, with the chance that just these are drawn."""
+    for hit in itertools.product([False, True], repeat=3):
+        if any(hit):
+            yield (torch.tensor([h / p for h, p in zip(hit, pi)], dtype=torch.float64).expand(N, 3).contiguous(),
+                   math.prod(p if h else 1 - p for h, p in zip(hit, pi)))
+
+
+@pytest.mark.parametrize("views_of", [every_step, drawn_independently])
+@pytest.mark.parametrize("unmasking", ["random", "low_confidence", "plackett_luce"])
+def test_the_gradient_after_cached_rollouts_is_biased_and_corrected_it_is_not(unmasking, views_of):
+    """Exact over all that a cached rollout can do. By low confidence that is not all, with so few tokens: where every candidate of one
+    position is surer than a candidate of another, the latter never wins."""
+    for seed in range(5):
+        cfg, policy, traj, found = case(unmasking, seed)
+        possible, key = set(), lambda f: (tuple(f[0]), tuple(f[1]), tuple(f[5]))         # noqa: E731
+        possible.update(map(key, found))
+        exact = toy.enumerate_trajectories(policy, cfg)
+        exact, left_out = [f for f in exact if key(f) in possible], sum(float(f[2].detach()) for f in exact if key(f) not in possible)
+        assert left_out < (0.1 if unmasking == "low_confidence" else 1e-12)
+        rewards = torch.tensor([toy.reward_of(f[0], policy.V) for f in exact], dtype=torch.float64)
+        want, = torch.autograd.grad((torch.stack([f[2] for f in exact]) * rewards).sum(), policy.table)
+        error = {name: expected_gradient(dataclasses.replace(cfg, **change), policy, traj, found, views_of, want)
+                 for name, change in (("completion", {}), ("step", {"is_level": "step"}), ("none", {"is_cap": 0.0}))}
+        assert error["completion"] < 1e-12 and error["none"] > 0.05 and error["step"] > 0.02, error
+
+
+def test_the_weight_of_a_completion_is_truncated():
+    cfg, policy, traj, _ = case("low_confidence", 0)
+    views = agrpo.score_old(policy, traj, agrpo.exact_views(traj, None, cfg, policy.mask_id, None), cfg)
+    weight = {cap: agrpo.correct_for_cache(views, traj, dataclasses.replace(cfg, is_cap=cap)).weight / views.weight for cap in (1e9, 1.5)}
+    assert weight[1e9].max() > 2 and torch.equal(weight[1.5], weight[1e9].clamp(max=1.5))
+    assert all((weight[1e9][views.row == i].max() - weight[1e9][views.row == i].min()).abs() < 1e-9 for i in range(5))    # one weight a completion
+
+
+# --------------------------------------------------------------------------------------------------------------- speed kept
+class Waits(TorchDispatchMode):
+    """Counts what would make a CPU wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [x for x in args[1] if x is not None and x.dtype == torch.bool] if name in ("index", "index_put", "index_put_") else []
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2") or masks:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cache", ["none", "dual", "prefix", "block"])
+@pytest.mark.parametrize("unmasking", agrpo.UNMASK)
+def test_a_step_of_a_rollout_waits_for_the_gpu_only_to_learn_what_is_open(unmasking, cache):
+    tokenizer = agrpo.tiny_tokenizer()
+    policy = agrpo.Policy(agrpo.tiny_model(tokenizer, CFG, 4 * (cache == "block")), tokenizer.mask_token_id, tokenizer.eos_token_id, block=4 * (cache == "block"))
+    prompt, mask = prompts(8, 5, 4)
+    for top_k in (0, 20):
+        cfg = dataclasses.replace(CFG, cache=cache, unmasking=unmasking, top_k=top_k, position_term="on")
+        with Waits() as waits:
+            agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(3)])
+        assert not waits.seen, waits.seen
