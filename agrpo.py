@@ -319,7 +319,14 @@ class Law:
 
     @functools.cached_property
     def plain_lse(self) -> Tensor:
-        return self.lse if self.z is self.logits else LogSumExp.apply(self.logits)[0]
+        """(n,) of the logits themselves, without a gradient."""
+        with torch.no_grad():
+            return self.lse.detach() if self.z is self.logits else LogSumExp.apply(self.logits)[0]
+
+    @functools.cached_property
+    def p_squared(self) -> Tensor:
+        """(n,) sum of p^2."""
+        return torch.linalg.vector_norm(self.p, dim=1)**2
 
     def logp(self, token: Tensor) -> Tensor:
         """(n,) under the law."""
@@ -327,8 +334,8 @@ class Law:
         return self.z.gather(1, place[:, None]).squeeze(1) - self.lse
 
     def conf(self, token: Tensor) -> Tensor:
-        """(n,) plain log-probability, which LLaDA compares: neither tempered nor truncated."""
-        return self.logits.gather(1, token[:, None]).squeeze(1) - self.plain_lse
+        """(n,) plain log-probability, which LLaDA compares: neither tempered nor truncated. Without a gradient."""
+        return self.logits.detach().gather(1, token[:, None]).squeeze(1) - self.plain_lse
 
     def draw(self, u: Tensor) -> Tensor:
         """u (n,) in [0, 1) -> token ids (n,), by inverting the cumulative distribution in float64: first among stretches of the support,
@@ -397,9 +404,9 @@ def choose(score: Tensor, open_: Tensor, n: int, level: Callable | None = None, 
 
 
 ORDER_SCORE = {                        # how sure a position is, whatever token it draws: law -> (n,)
-    "max_prob": lambda law: law.logits.max(-1).values - law.plain_lse,               # its logarithm
+    "max_prob": lambda law: law.logits.max(-1).values - LogSumExp.apply(law.logits)[0],          # its logarithm
     # clamped: 0 log 0 = 0, and so its gradient
-    "neg_entropy": lambda law: ((conf := law.logits - law.plain_lse[:, None]).exp() * conf.clamp(min=LOG_ZERO)).sum(-1),
+    "neg_entropy": lambda law: ((conf := law.logits.log_softmax(-1)).exp() * conf.clamp(min=LOG_ZERO)).sum(-1),
 }
 
 
@@ -409,17 +416,17 @@ def losing_logp(law, token, at, rank, lost, cfg) -> tuple[Tensor, Tensor]:
     token log-probs.) If under new parameters no candidate of a position would lose, its log-probability is LOG_ZERO."""
     (row, position), C = at, rank.shape[1]
     winners = torch.full(rank.shape, math.inf, dtype=law.z.dtype, device=rank.device)            # (R, C)
-    winners = winners.index_put(at, law.conf(token).detach().masked_fill(rank[at] < 0, math.inf))
+    winners = winners.index_put(at, law.conf(token).masked_fill(rank[at] < 0, math.inf))
     lowest, place = winners.flip(1).min(1)                                           # (R,) c, and where: rightmost of equals
     row, position = row[lost], position[lost]
     c, right_of_it = lowest[row, None], (position > C - 1 - place[row])[:, None]     # (l, 1)
-    conf = law.inside[lost].detach() - law.plain_lse[lost, None].detach()            # (l, k)
-    z = law.z[lost].masked_fill((conf > c) | ((conf == c) & ~right_of_it), -math.inf)            # of the candidates that lose
-    none = z.amax(1) == -math.inf
-    mass, q = LogSumExp.apply(z.masked_fill(none[:, None], 0.0))
+    conf = law.inside.detach()[lost].sub_(law.plain_lse[lost, None])                 # (l, k)
+    z = law.z[lost].masked_fill_((conf > c).logical_or_((conf == c).logical_and_(~right_of_it)), -math.inf)    # of the candidates that lose
+    none = z.detach().amax(1) == -math.inf
+    mass, q = LogSumExp.apply(z.masked_fill_(none[:, None], 0.0))
     log_f = (mass - law.lse[lost]).masked_fill(none, LOG_ZERO)                       # (l,) log F_j(c)
     # d log F / dz = p (loses / F - 1), and q = p loses / F
-    F, of_q, of_p = log_f.detach().exp(), torch.linalg.vector_norm(q, dim=1)**2, torch.linalg.vector_norm(law.p[lost], dim=1)**2
+    F, of_q, of_p = log_f.detach().exp(), torch.linalg.vector_norm(q, dim=1)**2, law.p_squared[lost]
     size = (of_q * (1 - F)**2 + of_p - F**2 * of_q).clamp(min=0.0).masked_fill(none, 0.0) / (cfg.temperature or 1.0)**2
     return torch.zeros_like(lowest).index_add(0, row, log_f), torch.zeros_like(law.lse).index_put((lost,), size)
 
@@ -553,12 +560,12 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
         many = len(row) if rule.level else int(np.minimum(seen.sum(1), C // T).sum())
         first, lost = (place < 0).int().argsort(stable=True).split([many, len(row) - many])
         won, at = place[first] >= 0, (rows[row[first]], position[first])             # row and position in (N, C)
-        p, own = law.p[first], law.logp(token)[first]
-        size = (1 - 2 * own.exp() + torch.linalg.vector_norm(p, dim=1)**2) / (cfg.temperature or 1.0)**2     # |d own / d logits|^2
+        own, entropy = law.logp(token)[first], torch.special.entr(law.p[first]).sum(-1)
+        size = (1 - 2 * own.exp() + law.p_squared[first]) / (cfg.temperature or 1.0)**2     # |d own / d logits|^2
         for kept, value, nothing in ((tokens, token[first], mask_id), (traj.reveal_step, torch.full_like(first, t), T),
                                      (traj.rank, place[first], 0), (traj.logp, own.double(), 0.0)):
             kept.index_put_(at, value.masked_fill(~won, nothing))
-        for kept, value in ((traj.entropy, torch.special.entr(p).sum(-1)), (traj.gradient, size.clamp(min=0.0))):
+        for kept, value in ((traj.entropy, entropy), (traj.gradient, size.clamp(min=0.0))):
             kept[:, t].index_add_(0, at[0], value.double() * won)
         if law.support is not None:
             if traj.support is None:
@@ -1865,7 +1872,7 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
         start = saved["step"]
         seconds.update(saved["seconds"])
     once(lambda: run_folder.write_log(log, run_folder.read_log(log, before_step=start)))
-    with (run_folder.tracker(cfg, folder) as track, run_folder.StopRequest() as stop,
+    with (run_folder.tracker(cfg, folder) as track, run_folder.StopRequest() as stop, run_folder.Writer() as writer,
           tqdm(desc="agrpo", unit="step", initial=start, total=max(start, cfg.max_steps), disable=None if first else True) as progress):
         for step in range(start, cfg.max_steps):
             row = one_step(policy, tokenizer, optimizer, examples, step, cfg)
@@ -1878,7 +1885,7 @@ def train(policy, tokenizer, cfg: Config, folder: Path, examples: list, heldout:
             if first:
                 run_folder.append_log(log, row)                  # the row first, then the checkpoint: a run killed in
             if (step + 1) % cfg.save_every == 0 or stopped or step + 1 == cfg.max_steps:       # between repeats a step
-                run_folder.save_checkpoint(checkpoint, policy, optimizer, first, step=step + 1, seconds=seconds)
+                run_folder.save_checkpoint(checkpoint, policy, optimizer, writer, first, step=step + 1, seconds=seconds)
             track(row)
             if in_a_row == GIVE_UP:
                 raise FloatingPointError(f"step {step}: loss or gradient was not finite {GIVE_UP} times in a row; no such step changed the weights, "

@@ -30,6 +30,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -205,12 +206,45 @@ def trained_weights(model) -> dict:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(path: Path, model, optimizer, write: bool = True, **rest):
-    """The trained weights, the optimizer's state and the rest, atomically. With several processes all take part, one writes."""
+def copied(value):
+    """A copy in main memory of the tensors in nested dicts and lists."""
+    if isinstance(value, (dict, list)):
+        return {k: copied(v) for k, v in value.items()} if isinstance(value, dict) else list(map(copied, value))
+    return value.detach().to("cpu", copy=True) if hasattr(value, "detach") else value
+
+
+class Writer:
+    """Writes files while the training goes on, one after the other; within `with`, at whose end all are written."""
+
+    def __enter__(self):
+        self.pool, self.last = ThreadPoolExecutor(1), None
+        return self
+
+    def wait(self):
+        """Until nothing is being written. Raises what went wrong."""
+        last, self.last = self.last, None
+        if last:
+            last.result()
+
+    def submit(self, work: Callable):
+        self.wait()
+        self.last = self.pool.submit(work)
+
+    def __exit__(self, *exc):
+        try:
+            self.wait()
+        finally:
+            self.pool.shutdown()
+
+
+def save_checkpoint(path: Path, model, optimizer, writer: Writer, write: bool = True, **rest):
+    """The trained weights, the optimizer's state and the rest, atomically, while training goes on. With several processes all take part,
+    one writes."""
     import torch
     state = {"model": whole({k: p.data for k, p in trained_weights(model).items()}), "optimizer": whole(optimizer.state_dict()), **rest}
     if write:
-        write_atomically(path, lambda f: torch.save(state, f))
+        state = copied(state)
+        writer.submit(lambda: write_atomically(path, lambda f: torch.save(state, f)))
 
 
 def load_checkpoint(path: Path, model, optimizer) -> dict:
