@@ -860,10 +860,10 @@ def correct_for_cache(views: Views, traj: Trajectory, cfg: Config) -> Views:
     1 + (w_s - 1) drawn_s over them has the expectation prod_s w_s over all steps. `is_level step`: W = w_t, as is common, biased."""
     behaviour = traj.logp[views.row]
     log_w = (views.logp_old - behaviour).masked_fill(~views.target, 0.0).sum(1)
-    if views.order_logp_old is not None:
+    if views.order_logp_old is not None and cfg.is_level == "completion":
         log_w = log_w + views.order_logp_old - traj.order_logp[views.row, views.step]
     w = log_w.exp()
-    if cfg.is_level == "completion":
+    if cfg.is_level != "step":
         factor = torch.ones_like(traj.entropy).index_put((views.row, views.step), 1 + (w - 1) * views.drawn)           # (N, T)
         one = torch.ones_like(factor[:, :1])
         before = torch.cat([one, factor[:, :-1]], 1).cumprod(1)
@@ -1086,8 +1086,10 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
         epochs = [views.select(teaches(views, traj, adv, cfg)) for views in epochs]  # no gradient: no pass
     if epochs[0].scored and (cfg.inner_epochs > 1 or approximate(cfg)):
         epochs = [score_old(policy, traj, views, cfg) for views in epochs]
+    is_weight = torch.ones(1)                                                        # Eq. 10: W of the views scored
     if epochs[0].visited and approximate(cfg) and cfg.is_cap:
-        epochs = [correct_for_cache(views, traj, cfg) for views in epochs]
+        before, epochs = epochs, [correct_for_cache(views, traj, cfg) for views in epochs]
+        is_weight = torch.cat([is_weight[:0], *(now.weight.cpu() / then.weight.cpu() for now, then in zip(epochs, before))])
     # accumulate the gradient over micro-batches and processes, then one optimizer step
     ratios, applied = [], True
     for views in epochs:
@@ -1109,7 +1111,8 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "solved": mean(solved), "ratio": float(ratio.mean()),
             "clip_fraction": float(((ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))).float().mean()), "grad_norm": grad_norm,
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
-            "ease": float(traj.ease.mean()) if traj.ease is not None else "", "sampled": len(parts),
+            "ease": float(traj.ease.mean()) if traj.ease is not None else "", "is_weight": float(is_weight.mean()) if len(is_weight) else 1.0,
+            "is_capped": float((is_weight.abs() == cfg.is_cap).double().mean()) if len(is_weight) else 0.0, "sampled": len(parts),
             "passes": (scored := sum(len(views.row) for views in epochs)), "passes_saved": made - scored, "skipped": int(not applied), "lr": learning_rate(step, cfg), "heldout": "",
             "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
             "update_seconds": round(time.perf_counter() - clock, 3)}
@@ -1178,7 +1181,7 @@ def score_old(policy, traj: Trajectory, views: Views, cfg: Config) -> Views:
         dense = torch.zeros(some.target.shape, dtype=torch.float64, device=logp.device).masked_scatter(some.target, logp.double())
         found.append([x if x is None or world == 1 else x.cpu() for x in (mine[part], dense, order_logp)])
     policy.wait_for_others()
-    index, logp, order_logp = ([x.to(views.row.device) for x in xs if x is not None] for xs in zip(*(everyones(found) or [[views.row, views.target, None]])))
+    index, logp, order_logp = ([x.to(views.row.device) for x in xs if x is not None] for xs in zip(*(everyones(found) or [[views.row, views.target.double(), None]])))
     back = torch.cat(index).argsort()
     return views._replace(logp_old=torch.cat(logp)[back], order_logp_old=torch.cat(order_logp).double()[back] if order_logp else None)
 
@@ -1753,7 +1756,7 @@ def steps_of(cfg: Config) -> list[int]:
 CHOICES = {"task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK,
            "position_term": ("on", "off"), "order_score": ORDER_SCORE, "method": VIEWS, "timesteps": TIMESTEPS, "normalizer": NORMALIZERS,
            "advantage": ADVANTAGES, "quantize": ("", "4bit"), **dict.fromkeys(("compile", "fsdp", "value_model"), ("off", "on")),
-           "gradient_checkpointing": ("auto", "on", "off"), "cache": ("none", "prefix", "dual", "block"), "is_level": ("completion", "step"),
+           "gradient_checkpointing": ("auto", "on", "off"), "cache": ("none", "prefix", "dual", "block"), "is_level": ("completion", "tokens", "step"),
            "kl_reference": ("base", "old"), "controller": CONTROLLERS, "controller_training": ("joint", "alone"),
            "report_to": ("", "tensorboard", "wandb", "trackio")}
 MAY_BE_ZERO = {"seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup", "decay_steps", "weight_decay",

@@ -8,8 +8,9 @@
 3. Methods: the same for every row of VIEWS, each at its best scale, with its variance times its passes.
 
 4. A threshold drawn by a controller, counted as one more action: how far that is off.
+5. Rollouts with a cache that is not exact: bias and variance, corrected in three ways or not.
 
-Named on the command line (variance_study, bias_study, total_error_study, method_study, drawn_threshold_study), only these.
+Named on the command line (variance_study, bias_study, total_error_study, method_study, drawn_threshold_study, cache_study), only these.
 """
 import csv
 import dataclasses
@@ -371,9 +372,49 @@ def drawn_threshold_study():
           f"({len(rows)} denoisers)")
 
 
+def cache_study():
+    """Rollouts sampled with another law than the model's, as a cache makes it: bias and variance of the gradient of E[R] from one completion, all
+    steps scored, with no correction, each step's ratio, and the completion's, truncated or not. The other law: the table's logits plus noise."""
+    rows, base = [], agrpo.Config(completion_length=4, block_length=4, steps=4, temperature=1.0, method="exact", cache="dual")
+    arms = {"none": {"is_cap": 0.0}, "step": {"is_level": "step", "is_cap": 2.0}, "completion, at most 2": {"is_cap": 2.0}, "completion": {"is_cap": 1e9}}
+    for unmasking in ("random", "low_confidence"):
+        for noise in (0.2, 0.5, 1.0):
+            bias, variance, distance = {arm: [] for arm in arms}, {arm: [] for arm in arms}, []
+            for seed in range(10):
+                policy, cached = (toy.TableDenoiser(4, 2, seed=seed) for _ in range(2))
+                with torch.no_grad():
+                    cached.table += noise * torch.randn(cached.table.shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
+                    cached.table[-1] = policy.table[-1]                              # all MASK: where a block begins the cache is fresh
+                cfg = dataclasses.replace(base, unmasking=unmasking)
+                truth, found = toy.enumerate_trajectories(policy, cfg), toy.enumerate_trajectories(cached, cfg)
+                mean = sum(f[2] * toy.reward_of(f[0], 2) for f in truth)
+                exact = torch.autograd.grad(mean, policy.table)[0].flatten()
+                traj, prob = toy.as_trajectory(cached, cfg, found), torch.stack([f[2] for f in found]).detach()
+                adv = torch.tensor([toy.reward_of(f[0], 2) for f in found], dtype=torch.float64) - mean.detach()
+                views = agrpo.score_old(policy, traj, agrpo.exact_views(traj, None, cfg, policy.mask_id, None), cfg)
+                gradients = view_gradients(policy, traj, views, cfg) * cfg.steps     # (views, parameters), Z = T undone
+                known = {(*f[0], *f[1]): float(f[2].detach()) for f in truth}
+                distance.append(sum(p * math.log(p / max(known.get((*f[0], *f[1]), 0.0), 1e-9)) for p, f in zip(prob.tolist(), found)))
+                for arm, change in arms.items():
+                    how = dataclasses.replace(cfg, **change)
+                    weight = agrpo.correct_for_cache(views, traj, how).weight / views.weight if how.is_cap else torch.ones_like(views.weight)
+                    each = torch.zeros(len(found), gradients.shape[1], dtype=torch.float64).index_add(0, views.row, gradients * (weight * adv[views.row])[:, None])
+                    expected = prob @ each
+                    bias[arm].append(float((expected - exact).norm() / exact.norm()))
+                    variance[arm].append(float(prob @ (each - expected).square().sum(1) / exact.square().sum()))
+            rows += [{"unmasking": unmasking, "noise": noise, "kl_median": statistics.median(distance), "correction": arm, "denoisers": 10,
+                      "bias_median": statistics.median(bias[arm]), "bias_max": max(bias[arm]), "variance_median": statistics.median(variance[arm])} for arm in arms]
+    write("cache-bias.csv", rows)
+    print("\nrollouts by another law: bias and variance of the gradient (relative to its length, and its square), medians of 10 table denoisers\n")
+    print("| sampler | noise on the logits (KL, nats) | " + " | ".join(f"{arm}: bias | variance" for arm in arms) + " |\n" + "|---" * 10 + "|")
+    for key in dict.fromkeys((r["unmasking"], r["noise"], r["kl_median"]) for r in rows):
+        mine = [r for r in rows if (r["unmasking"], r["noise"], r["kl_median"]) == key]
+        print(f"| {key[0]} | {key[1]} ({key[2]:.2f}) | " + " | ".join(("0" if r["bias_max"] < 1e-9 else f"{100 * r['bias_median']:.1f} %") + f" | {r['variance_median']:.0f}" for r in mine) + " |")
+
+
 if __name__ == "__main__":
     clock = time.perf_counter()
-    for study in (variance_study, bias_study, total_error_study, method_study, drawn_threshold_study):
+    for study in (variance_study, bias_study, total_error_study, method_study, drawn_threshold_study, cache_study):
         if len(sys.argv) == 1 or study.__name__ in sys.argv[1:]:
             study()
     print(f"\n{time.perf_counter() - clock:.0f} s")

@@ -202,3 +202,81 @@ def test_a_step_of_a_rollout_waits_for_the_gpu_only_to_learn_what_is_open(unmask
         with Waits() as waits:
             agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(3)])
         assert not waits.seen, waits.seen
+
+
+@pytest.mark.parametrize("method", ["exact", "agrpo"])
+def test_steps_that_were_certain_cost_no_pass_and_change_no_gradient(method):
+    cfg = dataclasses.replace(BASE, cache="none", is_cap=0.0, method=method, mc_steps=2, top_k=2, top_p=0.6, unmasking="random", position_term="off")
+    policy = toy.TableDenoiser(3, scale=2.0)
+    prompt = torch.zeros(32, 1, dtype=torch.long)
+    traj = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(32)])
+    adv = torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    adv[:8] = 0.0
+    views = agrpo.VIEWS[method](traj, adv, cfg, policy.mask_id, agrpo.generator(0))
+    useful = agrpo.teaches(views, traj, adv, cfg)
+    certain = (traj.gradient[views.row, views.step] == 0) & (adv[views.row] != 0)
+    assert 0 < int(useful.sum()) < len(useful) and bool(certain.any())
+    assert torch.equal(~useful, certain | (adv[views.row] == 0))
+    idle = agrpo.policy_loss(policy, traj, views.select(~useful), adv, cfg)[0]
+    assert (torch.autograd.grad(idle, policy.table)[0] == 0).all()
+    assert agrpo.teaches(views, traj, adv, dataclasses.replace(cfg, kl=0.1)).all()       # with a KL term all have a gradient
+
+
+def test_passes_fill_their_tokens_with_the_longest_prompts_first():
+    policy, (prompt, mask) = tiny(), prompts(9, 3, 7, 5, 8)
+    traj = agrpo.rollout(policy, prompt, mask, CFG, [(i,) for i in range(5)])
+    views = agrpo.exact_views(traj, None, CFG, policy.mask_id, None)
+    for budget, rows in ((1, 1), (2 * 21, 2), (7 * 21 + 20, 7), (10**6, 30)):            # 9 + 12 tokens a view at most
+        parts = agrpo.passes(traj, dataclasses.replace(CFG, tokens_per_pass=budget), views)
+        assert {len(p) for p in parts[:-1]} <= {rows} and sorted(torch.cat(parts).tolist()) == list(range(30))
+        length = mask.sum(1)[views.row[torch.cat(parts)]]
+        assert (length.diff() <= 0).all()
+    packed = agrpo.passes(traj, dataclasses.replace(CFG, tokens_per_pass=66), views._replace(packed=True))
+    assert {len(p) for p in packed} == {2}                                               # dipo reads a completion twice
+    seen, inner = [], policy.decode
+    policy.decode = lambda ids, *rest: seen.append(ids.shape[1]) or inner(ids, *rest)
+    for part in agrpo.passes(traj, dataclasses.replace(CFG, tokens_per_pass=6 * 21), views):
+        agrpo.step_logp(policy, traj, views.select(part), CFG)
+    assert seen == [21, 20, 19, 17, 15]                                                  # no column that is padding in all of them
+
+
+def test_texts_come_back_in_order_and_each_is_handed_on_early(monkeypatch):
+    cfg = dataclasses.replace(CFG, task="countdown", model="tiny", prompt="bare", rollout_batch=3)
+    policy, tokenizer = tiny(cfg), agrpo.tiny_tokenizer()
+    examples = [{"nums": [1] * n, "target": n} for n in (2, 9, 4, 3, 7, 5, 8)]            # prompts of several lengths
+    calls, inner = [], agrpo.rollout
+    monkeypatch.setattr(agrpo, "rollout", lambda policy, prompt, *rest: calls.append(prompt.shape) or inner(policy, prompt, *rest))
+    handed = {}
+    traj, texts = agrpo.generate(policy, tokenizer, cfg, examples, [(i,) for i in range(7)], each=lambda i, text: handed.update({i: (text, len(calls))}))
+    widths = [shape[1] for shape in calls]
+    assert [shape[0] for shape in calls] == [3, 3, 1] and widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+    assert [handed[i][0] for i in range(7)] == texts and {handed[i][1] for i in (1, 6, 4)} == {1}
+    for i in range(7):
+        alone, text = agrpo.generate(policy, tokenizer, cfg, examples[i:i + 1], [(i,)])
+        assert text == texts[i:i + 1] and torch.equal(alone.tokens[0], traj.tokens[i])
+
+
+def test_what_a_cache_goes_with():
+    parse = lambda *words: agrpo.parse([*words, "--device", "cpu"])[0]                   # noqa: E731
+    cfg = parse("--cache", "dual")
+    assert (cfg.is_cap, cfg.timesteps, cfg.is_level) == (agrpo.IS_CAP, "independent_gradient", "completion")
+    assert agrpo.evaluation_config(cfg).cache == "none" and parse().cache == "none" and parse("--model", "tiny-block").cache == "block"
+    assert parse("--cache", "prefix", "--is-level", "step", "--timesteps", "stratified").is_cap == agrpo.IS_CAP
+    for words, told in ((("--cache", "block"), "--cache block"), (("--model", "tiny-block", "--cache", "dual"), "--cache dual"),
+                        (("--cache", "dual", "--controller", "threshold"), "controller"), (("--is-level", "step"), "--cache prefix or dual"),
+                        (("--cache", "dual", "--timesteps", "batch"), "independent"), (("--is-cap", "2"), "--is-cap 2")):
+        with pytest.raises(agrpo.BadInput, match=told):
+            parse(*words)
+
+
+def test_a_run_with_a_cache_logs_its_weights_and_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--device", "cpu", "--prompts", "2", "--completions", "4", "--train-examples", "16", "--eval-examples", "4", "--base-steps", "3", "--eval-steps",
+           "8", "--eval-every", "0", "--cache", "dual", "--steps", "8"]
+    assert agrpo.main([*few, "--name", "a", "--max-steps", "3"]) == 0
+    assert agrpo.main([*few, "--name", "b", "--max-steps", "1"]) == 0
+    assert agrpo.main(["--name", "b", "--resume", "--max-steps", "3"]) == 0
+    one, two = ((tmp_path / "runs" / name / "log.csv").read_text().splitlines() for name in "ab")
+    skip = [i for i, name in enumerate(one[0].split(",")) if "seconds" in name or "memory" in name]
+    assert [[x for i, x in enumerate(line.split(",")) if i not in skip] for line in one] == [[x for i, x in enumerate(line.split(",")) if i not in skip] for line in two]
+    assert "is_weight" in one[0].split(",")
