@@ -103,8 +103,8 @@ class Config:
     temperature: float = 1.0           # tau [paper: 0.6]
     top_k: int = 0                     # sample among the k likeliest tokens; 0: all [paper: 150]
     top_p: float = 1.0                 # ... and among the fewest that hold this much probability; needs top_k [paper: 0.99]
-    cache: str = "none"                # of keys and values. prefix, dual: of models that attend in both directions, approximate, the update
-                                       # corrects (is_cap); block: of block-causal ones, exact, the default there
+    cache: str = "none"                # of keys and values. prefix, dual: of models that attend in both directions, approximate; the update
+                                       # corrects (sets is_cap, timesteps, position_term). block: of block-causal ones, exact, the default there
     dynamic_sampling: int = 0          # times that groups of equal rewards are replaced by those of other prompts [DiPO]
     # estimator and loss
     method: str = "agrpo"              # which states are scored: a row of VIEWS, with the settings of PUBLISHED
@@ -857,13 +857,14 @@ def teaches(views: Views, traj: Trajectory, adv: Tensor, cfg: Config) -> Tensor:
 def correct_for_cache(views: Views, traj: Trajectory, cfg: Config) -> Views:
     """Eq. 10: views of states visited by a rollout with a cache, their weights times W = pi(completion) / pi_cache(completion), truncated
     at is_cap. Of a completion's steps only those drawn are scored, s with probability 1/drawn_s, independently: the product of
-    1 + (w_s - 1) drawn_s over them has the expectation prod_s w_s over all steps. `is_level step`: W = w_t, as is common, biased."""
+    1 + (w_s - 1) drawn_s over them has the expectation prod_s w_s over all steps. `is_level step`: W = w_t, as is common, biased.
+    Without a position term the choices of positions, as the cache made them, count as given."""
     behaviour = traj.logp[views.row]
     log_w = (views.logp_old - behaviour).masked_fill(~views.target, 0.0).sum(1)
-    if views.order_logp_old is not None and cfg.is_level == "completion":
+    if views.order_logp_old is not None:
         log_w = log_w + views.order_logp_old - traj.order_logp[views.row, views.step]
     w = log_w.exp()
-    if cfg.is_level != "step":
+    if cfg.is_level == "completion":
         factor = torch.ones_like(traj.entropy).index_put((views.row, views.step), 1 + (w - 1) * views.drawn)           # (N, T)
         one = torch.ones_like(factor[:, :1])
         before = torch.cat([one, factor[:, :-1]], 1).cumprod(1)
@@ -1714,7 +1715,7 @@ def with_model(cfg: Config, given: dict) -> Config:
         raise BadInput(f"--cache {kept}: {cfg.model} attends {'in blocks, its cache is exact (block)' if block else 'in both directions: prefix or dual'}")
     cfg = dataclasses.replace(cfg, cache=kept)
     if approximate(cfg):
-        weights = {"is_cap": IS_CAP, "timesteps": "independent_gradient"} if cfg.method in ("agrpo", "exact") else {}
+        weights = {"is_cap": IS_CAP, "timesteps": "independent_gradient", "position_term": "off"} if cfg.method in ("agrpo", "exact") else {}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in weights.items() if k not in given})
     if not block and (cfg.method == "dipo" or cfg.update_block):
         raise BadInput(f"{'--method dipo' if cfg.method == 'dipo' else '--update-block'} needs a block-causal model (SDAR, --model tiny-block): "
@@ -1756,7 +1757,7 @@ def steps_of(cfg: Config) -> list[int]:
 CHOICES = {"task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "device": ("auto", "cpu", "cuda"), "unmasking": UNMASK,
            "position_term": ("on", "off"), "order_score": ORDER_SCORE, "method": VIEWS, "timesteps": TIMESTEPS, "normalizer": NORMALIZERS,
            "advantage": ADVANTAGES, "quantize": ("", "4bit"), **dict.fromkeys(("compile", "fsdp", "value_model"), ("off", "on")),
-           "gradient_checkpointing": ("auto", "on", "off"), "cache": ("none", "prefix", "dual", "block"), "is_level": ("completion", "tokens", "step"),
+           "gradient_checkpointing": ("auto", "on", "off"), "cache": ("none", "prefix", "dual", "block"), "is_level": ("completion", "step"),
            "kl_reference": ("base", "old"), "controller": CONTROLLERS, "controller_training": ("joint", "alone"),
            "report_to": ("", "tensorboard", "wandb", "trackio")}
 MAY_BE_ZERO = {"seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup", "decay_steps", "weight_decay",
@@ -1818,6 +1819,9 @@ def validate(cfg: Config, training: bool = True):
         need(cfg.controller == cfg.value_model == "off", f"--cache {cfg.cache} goes without --controller and --value-model")
         need(cfg.method != "agrpo" or not cfg.is_cap or cfg.is_level == "step" or cfg.timesteps == "independent_gradient",
              f"--timesteps {cfg.timesteps}: whole completions are weighted by steps drawn independently (independent_gradient), or --is-level step")
+        need(cfg.position_term == "off" or not UNMASK[cfg.unmasking].order_logp or cfg.is_cap and cfg.is_level == "completion",
+             f"--position-term on with --cache {cfg.cache} needs weights of whole completions: under the cache's law the choice of positions has a score "
+             "whose mean is not zero; without them training collapsed")
     need(cfg.fsdp == "off" or not cfg.lora_rank, "--fsdp on shares the weights of full fine-tuning: --lora-rank 0")
     need(cfg.fsdp == "off" or int(os.environ.get("WORLD_SIZE", 1)) > 1,
          "--fsdp on needs several processes (accelerate launch or torchrun); here: --fsdp off")

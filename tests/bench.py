@@ -4,6 +4,8 @@
     python tests/bench.py tiny            the laptop's model
     python tests/bench.py llada           LLaDA-8B, 8 rows of 150 + 384 (a GPU of 80 GB)
     python tests/bench.py scaling         how cost grows with completion length, rows, K and vocabulary (CPU, 6 minutes)
+    python tests/bench.py runs runs/*     what finished runs with and without --cache learned, and in which time; writes assets/cache.csv
+    python tests/bench.py tables          the tables of the README from assets/bench-*.csv and assets/cache.csv
 
 Random weights, adapters of rank 64 but for tiny. Ratios are to the plain recipe, as published for LLaDA: logits of every position, float64 Gumbel noise
 on all of them, no row leaves, K separate passes with a log-softmax over everything; timed on its first steps only, each costs the same.
@@ -160,6 +162,7 @@ def floors(shape, cfg, rate, width):
 
     open_ = sum(L - k * C // T for k in range(per_block)) * C // L                   # masked positions of the block, over all steps
     head, weights = N * open_ * 2 * h * V, width * body + width * h * V
+
     def seconds(flops, calls):
         return max(flops / rate[0], calls * weights / rate[1])
     blocks = C // L
@@ -233,9 +236,8 @@ def ladder(name, device, threads, plain_steps, plain_passes):
         seconds, peak = timed(ours(cfg), device, repeat)
         row("rollout", variant, seconds, peak, floor[which], N * C, "tokens_per_s")
     traj = agrpo.rollout(policy, prompt, full, config(shape), keys)
-    exact_time, _ = timed(lambda: plain_update(policy, traj, off, plain_passes), device)
-    _, peak = 0, memory(device)
-    row("update", "plain recipe", exact_time * K / plain_passes, peak, floor["update"], N * K, "passes_per_s")
+    seconds, peak = timed(lambda: plain_update(policy, traj, off, plain_passes), device)
+    row("update", "plain recipe", seconds * K / plain_passes, peak, floor["update"], N * K, "passes_per_s")
     for variant, cfg in (("+ head at the targets, K separate passes", dataclasses.replace(off, tokens_per_pass=N * (P + C))),
                          ("+ packed up to --tokens-per-pass", off), ("+ position law (head at all open positions)", config(shape)),
                          ("  the same with top-k 150, top-p 0.99", config(shape, top_k=150, top_p=0.99))):
@@ -244,6 +246,12 @@ def ladder(name, device, threads, plain_steps, plain_passes):
         row("update", variant, seconds, peak, floor["update"], N * K, "passes_per_s")
         if device == "cuda":
             print(f"model FLOP utilisation {update_flops / seconds / rate[0]:.2f}", flush=True)
+    policy.compiled = torch.compile(policy.model.get_decoder().forward, dynamic=True)
+    timed(lambda: update(policy, traj, config(shape)), device)                       # compiles
+    row("update", "  position law, torch.compile", *timed(lambda: update(policy, traj, config(shape)), device, repeat), floor["update"], N * K, "passes_per_s")
+    ours(config(shape, steps=C // L))()
+    row("rollout", "  position law, no cache, torch.compile", *timed(ours(config(shape)), device, repeat), floor["exact"], N * C, "tokens_per_s")
+    policy.compiled = None
     for layer in policy.model.get_decoder().layers:
         layer.forward = agrpo.computed_again(layer)
     seconds, peak = timed(lambda: update(policy, traj, config(shape)), device, repeat)
@@ -284,7 +292,52 @@ def scaling(device):
     return rows
 
 
+def collect(folders):
+    """A row per finished run."""
+    import json
+    rows = []
+    for folder in map(Path, folders):
+        if (folder / "summary.json").is_file():
+            cfg, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+            weights = "" if cfg["cache"] == "none" else "none" if not cfg["is_cap"] else cfg["is_level"]
+            rows.append({"task": cfg["task"], "cache": cfg["cache"], "position_term": cfg["position_term"], "weights": weights, "seed": cfg["seed"],
+                         "base": summary["base"]["solved"], "trained": summary["trained"]["solved"], **{k: summary["seconds"][k] for k in ("rollout", "update")}})
+    return sorted(rows, key=lambda r: [str(x) for x in r.values()])
+
+
+def tables():
+    """Markdown from the CSV files."""
+    for file in sorted((ROOT / "assets").glob("bench-*.csv")):
+        rows = list(csv.DictReader(open(file)))
+        print(f"\n{file.name}: {rows[0]['device']}, {rows[0]['versions']}\n")
+        if "exponent" in rows[0]:
+            print("| grows with | values | rollout | dual rollout | update |\n|---|---|---|---|---|")
+            for axis in dict.fromkeys(r["axis"] for r in rows):
+                mine = {r["part"]: r for r in rows if r["axis"] == axis}
+                print(f"| {axis} | {', '.join(mine['update']['values'].split())} | " + " | ".join(
+                    mine[p]["exponent"] if p in mine else "" for p in ("rollout", "dual rollout", "update")) + " |")
+            continue
+        print("| | seconds | times faster | peak memory, MB | of the plain recipe's | floor / seconds |\n|---|---|---|---|---|---|")
+        for r in rows:
+            print(f"| {r['part']}: {r['variant']} | {float(r['seconds']):.3g} | {float(r['ratio']):.3g} | {r['peak_mb']} | {r['memory_ratio']} | {r['share_of_floor']} |")
+    if (ROOT / "assets" / "cache.csv").is_file():
+        rows = list(csv.DictReader(open(ROOT / "assets" / "cache.csv")))
+        print("\n| task | cache | positions in the likelihood | weights | trained, % by seed | mean |\n|---|---|---|---|---|---|")
+        for key in dict.fromkeys((r["task"], r["cache"], r["position_term"], r["weights"]) for r in rows):
+            mine = [100 * float(r["trained"]) for r in rows if (r["task"], r["cache"], r["position_term"], r["weights"]) == key]
+            print(f"| {' | '.join(key)} | {', '.join(f'{x:.1f}' for x in mine)} | {statistics.mean(mine):.1f} |")
+
+
 def main():
+    if sys.argv[1:2] == ["tables"]:
+        return tables()
+    if sys.argv[1:2] == ["runs"]:
+        rows = collect(sys.argv[2:])
+        with open(ROOT / "assets" / "cache.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return tables()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="")
