@@ -1360,7 +1360,7 @@ def controller_loss(policy, traj: Trajectory, row: Tensor, adv: Tensor, cfg: Con
     return -gain.sum() / (cfg.steps * len(traj.tokens)), ratio
 
 
-# ------------------------------------------------------------------------------------------------------ block-causal models (DiRL)
+# ----------------------------------------------------------------------------------- block-causal models (DiRL), caches of keys and values
 def block_rule(block: Tensor, real: Tensor, noisy: Tensor) -> Callable:
     """Block-causal attention from indices alone: (row, head, query, key) -> bool. block, real (N, S), noisy (S,). A block sees itself and,
     in their final text, those before it: noisy sees noisy of its own block and clean of earlier ones, clean sees clean up to its own
@@ -1715,8 +1715,9 @@ def with_model(cfg: Config, given: dict) -> Config:
         raise BadInput(f"--cache {kept}: {cfg.model} attends {'in blocks, its cache is exact (block)' if block else 'in both directions: prefix or dual'}")
     cfg = dataclasses.replace(cfg, cache=kept)
     if approximate(cfg):
-        weights = {"is_cap": IS_CAP, "timesteps": "independent_gradient", "position_term": "off"} if cfg.method in ("agrpo", "exact") else {}
-        cfg = dataclasses.replace(cfg, **{k: v for k, v in weights.items() if k not in given})
+        weights = {"is_cap": IS_CAP, "timesteps": "independent_gradient", "position_term": "off"}
+        fitting = weights if cfg.method in ("agrpo", "exact") else {"is_cap": IS_CAP} if cfg.method == "tracerl" else {}
+        cfg = dataclasses.replace(cfg, **{k: v for k, v in fitting.items() if k not in given})
     if not block and (cfg.method == "dipo" or cfg.update_block):
         raise BadInput(f"{'--method dipo' if cfg.method == 'dipo' else '--update-block'} needs a block-causal model (SDAR, --model tiny-block): "
                        f"{cfg.model} attends in both directions")

@@ -753,6 +753,11 @@ def adapter_count(config, rank: int) -> int:
     return config.num_hidden_layers * rank * sum(a + b for a, b in sides)
 
 
+def kv_share(config) -> float:
+    """Width of the keys, of the model's."""
+    return config.num_key_value_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) / config.hidden_size
+
+
 def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) -> dict:
     """Of a training step, from shapes alone: gigabytes of memory per process (weights, trained: gradients and AdamW's moments, and of adapters
     themselves; rollout, update: what each adds at its peak) and the floating point operations of all processes (rollout_flops, update_flops
@@ -771,21 +776,27 @@ def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) ->
         weights, trained = weights / processes, trained / processes
     open_ = max(cfg.block_length, cfg.eval_block_length)                             # positions of a row under the LM head
     together = min(cfg.rollout_batch, cfg.prompts * cfg.completions)
-    rollout = together * (S * width * (3 * (h + I) if frozen else 2 * (h + I)) + open_ * V * 4 * 7.6)
+    rollout = together * (S * width * (3 * (h + I) if frozen else 2 * (h + I)) + open_ * V * 4 * (1.9 if cfg.top_k else 5.4))
+    if cfg.cache != "none":                                                          # keys and values
+        rollout += together * S * width * layers * 2 * h * kv_share(config)
     layer = width * (8 * h + 4 * I) + (8 * h if half else 0)                         # bytes a token that a layer's backward pass needs
     kept, again = (width * h, layer) if cfg.gradient_checkpointing == "on" else (layer, 0)
-    update = max(1, cfg.tokens_per_pass // S) * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * 4.7))
+    update = max(1, cfg.tokens_per_pass // S) * (S * layers * kept + max(S * again, cfg.block_length * V * 4 * (1.6 if cfg.top_k else 4.2)))
     update += 2 * base if half and not frozen and cfg.fsdp == "off" else 0           # autocast's copies of the weights
     if not cfg.sft:                                                                  # a second model, and a third
         weights += 4 * base * (cfg.kl > 0 and cfg.kl_reference == "base" and not frozen) + (0 if frozen else 4 * base) * (cfg.value_model == "on")
         trained *= 1 + (cfg.value_model == "on")
     rows, head, body = cfg.prompts * cfg.completions, 2 * h * V * cfg.block_length, 2 * (base - ends + (adapters if frozen else 0))
-    forward = S * (body + 4 * S * h * layers)                                        # of one row, without the head
+    token = body + 4 * S * h * layers                                                # of one token, without the head
+    forward, L, blocks = S * token, cfg.block_length, cfg.completion_length / cfg.block_length
+    inside = cfg.steps - blocks                                                      # steps that do not come to a block
+    computed = {"none": cfg.steps * S, "block": cfg.steps * 2 * L, "dual": blocks * S + inside * L,
+                "prefix": blocks * S + inside * (cfg.completion_length + L) / 2}[cfg.cache]
     passes = (2 if frozen else 3) + (cfg.gradient_checkpointing == "on")             # in units of a forward
     evaluated = prompt_length + (cfg.eval_length or cfg.completion_length)
     return {**{k: v / 1e9 for k, v in (("weights", weights), ("trained", trained), ("rollout", rollout), ("update", update),
                                        ("total", weights + trained + max(rollout, update)))},
-            "rollout_flops": 0 if cfg.sft else rows * cfg.steps * (forward + head), "update_flops": states_scored(cfg) * (passes * forward + 3 * head),
+            "rollout_flops": 0 if cfg.sft else rows * (computed * token + cfg.steps * head), "update_flops": states_scored(cfg) * (passes * forward + 3 * head),
             "eval_flops": cfg.eval_examples * sum(numbers(cfg.eval_steps, "--eval-steps")) * (evaluated * (body + 4 * evaluated * h * layers) + head)}
 
 
@@ -798,7 +809,7 @@ def states_scored(cfg) -> float:
             "dipo": 2 * min(cfg.block_length, -(-cfg.steps // blocks))}.get(cfg.method, cfg.steps)  # dipo reads the completion twice
     if cfg.controller != "off":
         each = 1 if cfg.controller_training == "alone" else each + 3
-    extra = (cfg.kl > 0 and cfg.kl_reference == "base") / 3 + (cfg.value_model == "on")            # a forward; as much again
+    extra = ((cfg.kl > 0 and cfg.kl_reference == "base") + (cfg.cache in ("prefix", "dual"))) / 3 + (cfg.value_model == "on")     # a forward each; as much again
     return cfg.prompts * cfg.completions * cfg.inner_epochs * each * (1 + extra)
 
 

@@ -13,9 +13,9 @@ Floor: floating point operations over this machine's matmul rate, or bytes of th
 Writes assets/bench-SHAPE.csv."""
 import argparse
 import csv
+import ctypes
 import dataclasses
 import gc
-import os
 import statistics
 import sys
 import time
@@ -28,7 +28,7 @@ SHAPES = {      # V, width, inner, layers, heads, rows, prompt, completion, bloc
     "tiny": (32, 64, 256, 4, 4, 256, 20, 16, 16, 8, 1, 0, 12288),
     "llada": (126464, 4096, 12288, 32, 32, 8, 150, 384, 12, 128, 24, 64, 4096),
     "check": (2048, 64, 128, 2, 4, 4, 10, 24, 8, 12, 3, 8, 256),             # seconds: does the script work?
-    "scaling": (16384, 256, 768, 4, 4, 4, 64, 128, 16, 64, 6, 16, 4096),
+    "scaling": (16384, 192, 576, 3, 3, 4, 64, 128, 16, 64, 6, 16, 4096),
 }
 MASK, EOS = 5, 6
 
@@ -121,6 +121,7 @@ def memory(device, reset=False):
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 1e6
     if reset:
+        ctypes.CDLL(None).malloc_trim(0)                                             # gives back what is freed, so that peaks are peaks
         Path("/proc/self/clear_refs").write_text("5")
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1e3
 
@@ -282,7 +283,7 @@ def scaling(device):
             for part, work in (("rollout", lambda: agrpo.rollout(policy, prompt, full, cfg, keys)), ("update", lambda: update(policy, traj, cfg)),
                                ("dual rollout", lambda: agrpo.rollout(policy, prompt, full, dataclasses.replace(cfg, cache="dual"), keys))):
                 if part == "update" or axis != "K":
-                    found[part].append(timed(work, device, 2)[0])
+                    found[part].append(timed(work, device)[0])
         for part, seconds in found.items():
             if seconds:
                 exponent = np.polyfit([math.log(v) for v in values], [math.log(s) for s in seconds], 1)[0]
@@ -344,9 +345,6 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="", help="folder of the CSV; default assets")
     args = parser.parse_args()
-    if "MALLOC_ARENA_MAX" not in os.environ:                                         # what is freed is freed, so that peaks are peaks
-        exact = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **exact})
     import torch
     import transformers
     device = args.device or ("cuda" if args.shape == "llada" else "cpu")
