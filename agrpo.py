@@ -544,7 +544,10 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
         if cache:
             cache.aim(alive, rows, seen[alive].argmax(1))
         ask = cfg.controller != "off" and t == 0
-        logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], (row, position), cache=cache, with_ease=ask)    # (n, V)
+        if t == 0 and not ask and not cache:
+            logits = first_logits(policy, prompt, prompt_mask, tokens, seen)         # (n, V)
+        else:
+            logits = policy.logits(prompt[rows], prompt_mask[rows], tokens[rows], (row, position), cache=cache, with_ease=ask)
         if ask:
             logits, mean = logits
             draw_ease(traj, mean.double(), keys, cfg)
@@ -586,6 +589,16 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
         ended |= ((tokens == eos_id) | ~block).all(1, keepdim=True)
     tokens.masked_fill_(tokens == mask_id, eos_id)                                   # deterministic: carries no loss
     return traj
+
+
+def first_logits(policy, prompt: Tensor, prompt_mask: Tensor, tokens: Tensor, seen) -> Tensor:
+    """Logits (n, V) where `seen` (N, C) is open, all completions MASK: those of one prompt are one state, computed once."""
+    _, some, same = np.unique(torch.cat([prompt, prompt_mask], 1).cpu().numpy(), axis=0, return_index=True, return_inverse=True)
+    index = [torch.from_numpy(x).to(prompt.device) for x in (some, *seen[some].nonzero())]
+    logits = policy.logits(*(x[index[0]] for x in (prompt, prompt_mask, tokens)), tuple(index[1:]))
+    many, place = seen.sum(1), np.cumsum(seen, 1) - 1                                # of each row; of each open position in its row
+    start = np.cumsum(many[some]) - many[some]                                       # of each state's logits
+    return logits[torch.from_numpy((start[same.reshape(-1), None] + place)[seen]).to(prompt.device)]
 
 
 # ------------------------------------------------------------------------------- states visited, and their steps scored

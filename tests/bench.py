@@ -31,6 +31,7 @@ SHAPES = {      # V, width, inner, layers, heads, rows, prompt, completion, bloc
     "scaling": (16384, 192, 576, 3, 3, 4, 64, 128, 16, 64, 6, 16, 4096),
 }
 MASK, EOS = 5, 6
+M_MMAP_THRESHOLD = -3                                                                # of glibc's mallopt
 
 
 def build(shape, device):
@@ -126,19 +127,24 @@ def memory(device, reset=False):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1e3
 
 
-def timed(work, device, repeat=1):
-    """Median seconds, and peak MB; once before, to warm up, if it is repeated."""
+def timed(work, device, repeat=1, small=None):
+    """Median seconds, and peak MB, of `small` if that needs as much in less time; once before, to warm up, if it is repeated. The peak is
+    taken in a turn of its own, in which the allocator gives back at once what is freed: that takes time."""
     import torch
-    seconds = []
+    seconds, libc = [], ctypes.CDLL(None)
     gc.collect()
+    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
     memory(device, reset=True)
+    (small or work)()
+    peak = memory(device)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)                                            # as it would come to be by itself
     for turn in range(repeat + (repeat > 1)):
         clock = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - clock)
-    return statistics.median(seconds[repeat > 1:]), memory(device)
+    return statistics.median(seconds[repeat > 1:]), peak
 
 
 def bandwidth(device):
@@ -182,13 +188,14 @@ def config(shape, **settings):
                                   rollout_batch=N, lora_rank=rank, unmasking="low_confidence", gradient_checkpointing="off"), **settings})
 
 
-def update(policy, traj, cfg):
+def update(policy, traj, cfg, most=None):
+    """A whole update, or its first passes."""
     import torch
 
     import agrpo
     adv = torch.where(torch.arange(len(traj.tokens), device=traj.tokens.device) % 2 == 0, 1.0, -1.0).double()
     views = agrpo.agrpo_views(traj, adv, cfg, MASK, agrpo.generator("bench"))
-    for part in agrpo.passes(traj, cfg, views):
+    for part in agrpo.passes(traj, cfg, views)[:most]:
         agrpo.policy_loss(policy, traj, views.select(part), adv, cfg)[0].backward()
     for p in policy.parameters():
         p.grad = None
@@ -223,19 +230,21 @@ def ladder(name, device, threads, plain_steps, plain_passes):
     repeat = 3 if name in ("tiny", "check") or device == "cuda" else 1
     off = config(shape, position_term="off")
 
-    def ours(cfg):
-        return lambda: agrpo.rollout(policy, prompt, full, cfg, keys)
+    def ours(cfg):                                                                   # and one step a block, whose memory is the same
+        return [lambda c=c: agrpo.rollout(policy, prompt, full, c, keys) for c in (cfg, dataclasses.replace(cfg, steps=C // L))]
+
+    def measure(part, variant, works, which, amount, unit):
+        row(part, variant, *timed(works[0], device, repeat, works[1]), floor[which], amount, unit)
 
     seconds, peak = timed(lambda: plain_rollout(policy, prompt, off, plain_steps), device)
     row("rollout", "plain recipe", seconds * T / plain_steps, peak, floor["exact"], N * C, "tokens_per_s")
-    seconds, peak = timed(lambda: plain_rollout(policy, prompt, off, 2 * plain_steps, head_only=True), device)
-    row("rollout", "+ head at the block's masked positions", seconds * T / (2 * plain_steps), peak, floor["exact"], N * C, "tokens_per_s")
+    seconds, peak = timed(lambda: plain_rollout(policy, prompt, off, 4 * plain_steps, head_only=True), device)
+    row("rollout", "+ head at the block's masked positions", seconds * T / (4 * plain_steps), peak, floor["exact"], N * C, "tokens_per_s")
     for variant, cfg, which in (("+ one-pass sampler (no float64, no Gumbel noise)", off, "exact"), ("+ records of the position law", config(shape), "exact"),
                                 ("  the same with top-k 150, top-p 0.99", config(shape, top_k=150, top_p=0.99), "exact"),
                                 ("+ prefix cache", config(shape, cache="prefix"), "prefix"), ("+ dual cache", config(shape, cache="dual"), "dual"),
                                 ("  the same with top-k 150, top-p 0.99", config(shape, cache="dual", top_k=150, top_p=0.99), "dual")):
-        seconds, peak = timed(ours(cfg), device, repeat)
-        row("rollout", variant, seconds, peak, floor[which], N * C, "tokens_per_s")
+        measure("rollout", variant, ours(cfg), which, N * C, "tokens_per_s")
     traj = agrpo.rollout(policy, prompt, full, config(shape), keys)
     seconds, peak = timed(lambda: plain_update(policy, traj, off, plain_passes), device)
     row("update", "plain recipe", seconds * K / plain_passes, peak, floor["update"], N * K, "passes_per_s")
@@ -243,20 +252,19 @@ def ladder(name, device, threads, plain_steps, plain_passes):
                          ("+ packed up to --tokens-per-pass", off), ("+ position law (head at all open positions)", config(shape)),
                          ("  the same with top-k 150, top-p 0.99", config(shape, top_k=150, top_p=0.99))):
         of = agrpo.rollout(policy, prompt, full, dataclasses.replace(cfg, cache="dual"), keys) if cfg.top_k else traj
-        seconds, peak = timed(lambda: update(policy, of, cfg), device, repeat)
-        row("update", variant, seconds, peak, floor["update"], N * K, "passes_per_s")
+        measure("update", variant, [lambda most=most: update(policy, of, cfg, most) for most in (None, 2)], "update", N * K, "passes_per_s")
         if device == "cuda":
-            print(f"model FLOP utilisation {update_flops / seconds / rate[0]:.2f}", flush=True)
+            print(f"model FLOP utilisation {update_flops / rows[-1]['seconds'] / rate[0]:.2f}", flush=True)
+    both = [lambda most=most: update(policy, traj, config(shape), most) for most in (None, 2)]
     policy.compiled = torch.compile(policy.model.get_decoder().forward, dynamic=True)
-    timed(lambda: update(policy, traj, config(shape)), device)                       # compiles
-    row("update", "  position law, torch.compile", *timed(lambda: update(policy, traj, config(shape)), device, repeat), floor["update"], N * K, "passes_per_s")
-    ours(config(shape, steps=C // L))()
-    row("rollout", "  position law, no cache, torch.compile", *timed(ours(config(shape)), device, repeat), floor["exact"], N * C, "tokens_per_s")
+    both[1]()                                                                        # compiles
+    measure("update", "  position law, torch.compile", both, "update", N * K, "passes_per_s")
+    ours(config(shape))[1]()
+    measure("rollout", "  position law, no cache, torch.compile", ours(config(shape)), "exact", N * C, "tokens_per_s")
     policy.compiled = None
     for layer in policy.model.get_decoder().layers:
         layer.forward = agrpo.computed_again(layer)
-    seconds, peak = timed(lambda: update(policy, traj, config(shape)), device, repeat)
-    row("update", "  position law, gradient checkpointing", seconds, peak, floor["update"], N * K, "passes_per_s")
+    measure("update", "  position law, gradient checkpointing", both, "update", N * K, "passes_per_s")
     return rows
 
 
@@ -283,7 +291,7 @@ def scaling(device):
             for part, work in (("rollout", lambda: agrpo.rollout(policy, prompt, full, cfg, keys)), ("update", lambda: update(policy, traj, cfg)),
                                ("dual rollout", lambda: agrpo.rollout(policy, prompt, full, dataclasses.replace(cfg, cache="dual"), keys))):
                 if part == "update" or axis != "K":
-                    found[part].append(timed(work, device)[0])
+                    found[part].append(timed(work, device, small=lambda: None)[0])
         for part, seconds in found.items():
             if seconds:
                 exponent = np.polyfit([math.log(v) for v in values], [math.log(s) for s in seconds], 1)[0]

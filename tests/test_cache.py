@@ -283,3 +283,16 @@ def test_a_run_with_a_cache_logs_its_weights_and_resumes_to_the_bit(tmp_path, mo
     skip = [i for i, name in enumerate(one[0].split(",")) if "seconds" in name or "memory" in name]
     assert [[x for i, x in enumerate(line.split(",")) if i not in skip] for line in one] == [[x for i, x in enumerate(line.split(",")) if i not in skip] for line in two]
     assert "is_weight" in one[0].split(",")
+
+
+def test_the_first_step_is_computed_once_a_prompt():
+    policy, (prompt, mask) = tiny(), prompts(7, 4, 7, 4, 7, 2)
+    prompt[2], prompt[3] = prompt[0], prompt[1]                                          # rows 0 and 2, 1 and 3 of one prompt; row 4 its own
+    calls, inner = [], policy.logits
+    policy.logits = lambda prompt, *rest, **more: calls.append(len(prompt)) or inner(prompt, *rest, **more)
+    cfg = dataclasses.replace(CFG, unmasking="low_confidence")
+    traj = agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(6)])
+    assert calls == [4, 6, 6, 6, 6, 6] and not torch.equal(traj.tokens[0], traj.tokens[2])
+    for i in range(6):
+        alone = agrpo.rollout(policy, prompt[i:i + 1], mask[i:i + 1], cfg, [(i,)])
+        assert torch.equal(alone.tokens[0], traj.tokens[i]) and (alone.logp[0] - traj.logp[i]).abs().max() < 1e-10
