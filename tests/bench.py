@@ -115,7 +115,7 @@ def plain_update(policy, traj, cfg, passes):
 
 # ------------------------------------------------------------------------------------------------------------------- measuring
 def memory(device, reset=False):
-    """MB at most since the last reset, of this process or the GPU's tensors."""
+    """MB at most since the last reset, of this process or the GPU's tensors; after a reset, what is held now."""
     if device == "cuda":
         import torch
         if reset:
@@ -124,19 +124,19 @@ def memory(device, reset=False):
     if reset:
         ctypes.CDLL(None).malloc_trim(0)                                             # gives back what is freed, so that peaks are peaks
         Path("/proc/self/clear_refs").write_text("5")
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1e3
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS" if reset else "VmHWM")) / 1e3
 
 
 def timed(work, device, repeat=1, small=None):
-    """Median seconds, and peak MB, of `small` if that needs as much in less time; once before, to warm up, if it is repeated. The peak is
+    """Median seconds, and peak MB above what was held before, of `small` if that needs as much in less time; once before, to warm up, if it is repeated. The peak is
     taken in a turn of its own, in which the allocator gives back at once what is freed: that takes time."""
     import torch
     seconds, libc = [], ctypes.CDLL(None)
     gc.collect()
     libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-    memory(device, reset=True)
+    before = memory(device, reset=True)
     (small or work)()
-    peak = memory(device)
+    peak = memory(device) - before
     libc.mallopt(M_MMAP_THRESHOLD, 2**25)                                            # as it would come to be by itself
     for turn in range(repeat + (repeat > 1)):
         clock = time.perf_counter()
@@ -209,24 +209,22 @@ def ladder(name, device, threads, plain_steps, plain_passes):
     import eval as models
     shape = SHAPES[name]
     V, h, inner, layers, heads, N, P, C, L, T, K, rank, budget = shape
-    memory(device, reset=True)
-    empty = memory(device)
+    empty = memory(device, reset=True)
     policy = build(shape, device)
-    weights = memory(device) - empty
+    gc.collect()
+    weights = memory(device, reset=True) - empty
     prompt = torch.randint(7, V, (N, P), generator=torch.Generator().manual_seed(0)).to(device)
     full, keys = torch.ones_like(prompt), [("bench", i) for i in range(N)]
-    rate = models.matmul_rate(device), bandwidth(device)
-    floor, update_flops = floors(shape, config(shape), rate, 2 if device == "cuda" else 4)
-    rows = []
+    rates, rows = [(models.matmul_rate(device), bandwidth(device)) for _ in range(3)], []
 
-    def row(part, variant, seconds, peak, floor_seconds, amount, unit):
-        first = next((r for r in rows if r["part"] == part), {"seconds": seconds, "peak_mb": peak - empty})
-        rows.append({"part": part, "variant": variant, "seconds": round(seconds, 3), unit: round(amount / seconds, 1), "peak_mb": round(peak - empty),
-                     "ratio": round(first["seconds"] / seconds, 2), "memory_ratio": round((peak - empty) / first["peak_mb"], 2),
-                     "floor_seconds": round(floor_seconds, 3), "share_of_floor": round(floor_seconds / seconds, 2)})
+    def row(part, variant, seconds, peak, which, amount, unit):
+        peak += weights
+        first = next((r for r in rows if r["part"] == part), {"seconds": seconds, "peak_mb": peak})
+        rows.append({"part": part, "variant": variant, "seconds": round(seconds, 3), unit: round(amount / seconds, 1), "peak_mb": round(peak),
+                     "ratio": round(first["seconds"] / seconds, 2), "memory_ratio": round(peak / first["peak_mb"], 2), "floor": which})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
 
-    print(f"{name} on {device}, {threads} threads: {rate[0] / 1e9:.0f} GFLOP/s, {rate[1] / 1e9:.1f} GB/s; weights {weights:.0f} MB", flush=True)
+    print(f"{name} on {device}, {threads} threads; weights {weights:.0f} MB", flush=True)
     repeat = 3 if name in ("tiny", "check") or device == "cuda" else 1
     off = config(shape, position_term="off")
 
@@ -234,12 +232,12 @@ def ladder(name, device, threads, plain_steps, plain_passes):
         return [lambda c=c: agrpo.rollout(policy, prompt, full, c, keys) for c in (cfg, dataclasses.replace(cfg, steps=C // L))]
 
     def measure(part, variant, works, which, amount, unit):
-        row(part, variant, *timed(works[0], device, repeat, works[1]), floor[which], amount, unit)
+        row(part, variant, *timed(works[0], device, repeat, works[1]), which, amount, unit)
 
     seconds, peak = timed(lambda: plain_rollout(policy, prompt, off, plain_steps), device)
-    row("rollout", "plain recipe", seconds * T / plain_steps, peak, floor["exact"], N * C, "tokens_per_s")
+    row("rollout", "plain recipe", seconds * T / plain_steps, peak, "exact", N * C, "tokens_per_s")
     seconds, peak = timed(lambda: plain_rollout(policy, prompt, off, 4 * plain_steps, head_only=True), device)
-    row("rollout", "+ head at the block's masked positions", seconds * T / (4 * plain_steps), peak, floor["exact"], N * C, "tokens_per_s")
+    row("rollout", "+ head at the block's masked positions", seconds * T / (4 * plain_steps), peak, "exact", N * C, "tokens_per_s")
     for variant, cfg, which in (("+ one-pass sampler (no float64, no Gumbel noise)", off, "exact"), ("+ records of the position law", config(shape), "exact"),
                                 ("  the same with top-k 150, top-p 0.99", config(shape, top_k=150, top_p=0.99), "exact"),
                                 ("+ prefix cache", config(shape, cache="prefix"), "prefix"), ("+ dual cache", config(shape, cache="dual"), "dual"),
@@ -247,14 +245,12 @@ def ladder(name, device, threads, plain_steps, plain_passes):
         measure("rollout", variant, ours(cfg), which, N * C, "tokens_per_s")
     traj = agrpo.rollout(policy, prompt, full, config(shape), keys)
     seconds, peak = timed(lambda: plain_update(policy, traj, off, plain_passes), device)
-    row("update", "plain recipe", seconds * K / plain_passes, peak, floor["update"], N * K, "passes_per_s")
+    row("update", "plain recipe", seconds * K / plain_passes, peak, "update", N * K, "passes_per_s")
     for variant, cfg in (("+ head at the targets, K separate passes", dataclasses.replace(off, tokens_per_pass=N * (P + C))),
                          ("+ packed up to --tokens-per-pass", off), ("+ position law (head at all open positions)", config(shape)),
                          ("  the same with top-k 150, top-p 0.99", config(shape, top_k=150, top_p=0.99))):
         of = agrpo.rollout(policy, prompt, full, dataclasses.replace(cfg, cache="dual"), keys) if cfg.top_k else traj
         measure("update", variant, [lambda most=most: update(policy, of, cfg, most) for most in (None, 2)], "update", N * K, "passes_per_s")
-        if device == "cuda":
-            print(f"model FLOP utilisation {update_flops / rows[-1]['seconds'] / rate[0]:.2f}", flush=True)
     both = [lambda most=most: update(policy, traj, config(shape), most) for most in (None, 2)]
     policy.compiled = torch.compile(policy.model.get_decoder().forward, dynamic=True)
     both[1]()                                                                        # compiles
@@ -265,6 +261,15 @@ def ladder(name, device, threads, plain_steps, plain_passes):
     for layer in policy.model.get_decoder().layers:
         layer.forward = agrpo.computed_again(layer)
     measure("update", "  position law, gradient checkpointing", both, "update", N * K, "passes_per_s")
+    rate = [max(r) for r in zip(*rates, *[(models.matmul_rate(device), bandwidth(device)) for _ in range(3)])]         # the machine at its best
+    floor, update_flops = floors(shape, config(shape), rate, 2 if device == "cuda" else 4)
+    for r in rows:
+        r["floor_seconds"] = round(floor[r.pop("floor")], 3)
+        r["share_of_floor"] = round(r["floor_seconds"] / r["seconds"], 2)
+    print(f"{rate[0] / 1e9:.0f} GFLOP/s, {rate[1] / 1e9:.1f} GB/s")
+    for r in rows:
+        print(f"{r['part']} {r['variant']}: floor {r['floor_seconds']} s, {r['share_of_floor']} of the time" + (
+            f", model FLOP utilisation {update_flops / r['seconds'] / rate[0]:.2f}" if r["part"] == "update" else ""))
     return rows
 
 
