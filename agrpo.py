@@ -103,8 +103,7 @@ class Config:
     temperature: float = 1.0           # tau [paper: 0.6]
     top_k: int = 0                     # sample among the k likeliest tokens; 0: all [paper: 150]
     top_p: float = 1.0                 # ... and among the fewest that hold this much probability; needs top_k [paper: 0.99]
-    cache: str = "none"                # of keys and values. prefix, dual: of models that attend in both directions, approximate; the update
-                                       # corrects (sets is_cap, timesteps, position_term). block: of block-causal ones, exact, the default there
+    cache: str = "none"                # of keys and values in rollouts; prefix, dual: approximate, the update corrects; block: of block-causal models, exact
     dynamic_sampling: int = 0          # times that groups of equal rewards are replaced by those of other prompts [DiPO]
     # estimator and loss
     method: str = "agrpo"              # which states are scored: a row of VIEWS, with the settings of PUBLISHED
@@ -120,7 +119,7 @@ class Config:
     shrink: int = 1                    # tracerl: steps merged into one state [TraceRL: 8, block-causal 1]
     prompt_masking: float = 0.0        # diffu-grpo: share of the prompt's tokens masked [diffu-GRPO: 0.15]
     is_cap: float = 0.0                # C of Eq. 7 and 10: what was sampled by another law counts probability / probability times, at most C; 0: once
-    is_level: str = "completion"       # what is weighted after rollouts with a cache: whole completions, unbiased, or each step by itself
+    is_level: str = "completion"       # what is weighted after rollouts with a cache: whole completions, or each step by itself, biased
     update_block: int = 0              # block-causal models: blocks of so many tokens in the update; 0: those of the rollout [TraceRL: larger]
     value_model: str = "off"           # on: per-token baselines (TraceRL); for methods that score every step
     value_lr: float = 5e-4             # of the value model
@@ -323,15 +322,14 @@ class Law:
         with torch.no_grad():
             return self.lse.detach() if self.z is self.logits else LogSumExp.apply(self.logits)[0]
 
-    @functools.cached_property
-    def p_squared(self) -> Tensor:
-        """(n,) sum of p^2."""
-        return torch.linalg.vector_norm(self.p, dim=1)**2
+    def place(self, token: Tensor) -> Tensor:
+        """(n,) in the support, where it is in it."""
+        return token if self.support is None else (self.support == token[:, None]).int().argmax(1)
 
     def logp(self, token: Tensor) -> Tensor:
-        """(n,) under the law."""
-        place = token if self.support is None else (self.support == token[:, None]).int().argmax(1)
-        return self.z.gather(1, place[:, None]).squeeze(1) - self.lse
+        """(n,) under the law; LOG_ZERO outside of its support."""
+        logp = self.z.gather(1, self.place(token)[:, None]).squeeze(1) - self.lse
+        return logp if self.support is None else logp.masked_fill(~(self.support == token[:, None]).any(1), LOG_ZERO)
 
     def conf(self, token: Tensor) -> Tensor:
         """(n,) plain log-probability, which LLaDA compares: neither tempered nor truncated. Without a gradient."""
@@ -421,13 +419,14 @@ def losing_logp(law, token, at, rank, lost, cfg) -> tuple[Tensor, Tensor]:
     row, position = row[lost], position[lost]
     c, right_of_it = lowest[row, None], (position > C - 1 - place[row])[:, None]     # (l, 1)
     conf = law.inside.detach()[lost].sub_(law.plain_lse[lost, None])                 # (l, k)
-    z = law.z[lost].masked_fill_((conf > c).logical_or_((conf == c).logical_and_(~right_of_it)), -math.inf)    # of the candidates that lose
+    wins = (conf > c).logical_or_((conf == c).logical_and_(~right_of_it))
+    z = law.z[lost].masked_fill_(wins, -math.inf)                                    # of the candidates that lose
     none = z.detach().amax(1) == -math.inf
     mass, q = LogSumExp.apply(z.masked_fill_(none[:, None], 0.0))
     log_f = (mass - law.lse[lost]).masked_fill(none, LOG_ZERO)                       # (l,) log F_j(c)
-    # d log F / dz = p (loses / F - 1), and q = p loses / F
-    F, of_q, of_p = log_f.detach().exp(), torch.linalg.vector_norm(q, dim=1)**2, law.p_squared[lost]
-    size = (of_q * (1 - F)**2 + of_p - F**2 * of_q).clamp(min=0.0).masked_fill(none, 0.0) / (cfg.temperature or 1.0)**2
+    # d log F / dz = p (loses / F - 1), and p loses / F = q
+    of_losers, of_winners = torch.linalg.vector_norm(q, dim=1), torch.linalg.vector_norm(law.p[lost].masked_fill_(~wins, 0.0), dim=1)
+    size = ((of_losers * log_f.detach().expm1())**2 + of_winners**2).masked_fill(none, 0.0) / (cfg.temperature or 1.0)**2
     return torch.zeros_like(lowest).index_add(0, row, log_f), torch.zeros_like(law.lse).index_put((lost,), size)
 
 
@@ -532,7 +531,8 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
                       entropy_, gradient_, None, torch.zeros_like(tokens[:, 0]), eos_id, policy.turn_id)
     ease = torch.full((N, 1), rule.ease(cfg), dtype=torch.float64, device=device)
     ended = torch.zeros(N, 1, dtype=torch.bool, device=device)
-    cache = Cache(cfg.cache, N, L) if cfg.cache != "none" else None
+    # sharded weights: all processes make equally many forwards, and these would be of several kinds
+    cache = Cache(cfg.cache, N, L) if cfg.cache != "none" and not policy.sharded else None
     for t in range(T):
         block = current_block(tokens, mask_id, L, offset) & ~ended                   # (N, C)
         seen = (block & (tokens == mask_id)).cpu().numpy()                           # which are open: all that a step waits for the GPU for
@@ -563,12 +563,14 @@ def rollout(policy, prompt: Tensor, prompt_mask: Tensor, cfg: Config, keys: list
         many = len(row) if rule.level else int(np.minimum(seen.sum(1), C // T).sum())
         first, lost = (place < 0).int().argsort(stable=True).split([many, len(row) - many])
         won, at = place[first] >= 0, (rows[row[first]], position[first])             # row and position in (N, C)
-        own, entropy = law.logp(token)[first], torch.special.entr(law.p[first]).sum(-1)
-        size = (1 - 2 * own.exp() + law.p_squared[first]) / (cfg.temperature or 1.0)**2     # |d own / d logits|^2
+        own, p = law.logp(token)[first], law.p[first]
+        entropy = torch.special.entr(p).sum(-1)
+        others = torch.linalg.vector_norm(p.scatter_(1, law.place(token)[first, None], 0.0), dim=1)
+        size = (own.expm1()**2 + others**2) / (cfg.temperature or 1.0)**2            # |d own / d logits|^2
         for kept, value, nothing in ((tokens, token[first], mask_id), (traj.reveal_step, torch.full_like(first, t), T),
                                      (traj.rank, place[first], 0), (traj.logp, own.double(), 0.0)):
             kept.index_put_(at, value.masked_fill(~won, nothing))
-        for kept, value in ((traj.entropy, entropy), (traj.gradient, size.clamp(min=0.0))):
+        for kept, value in ((traj.entropy, entropy), (traj.gradient, size)):
             kept[:, t].index_add_(0, at[0], value.double() * won)
         if law.support is not None:
             if traj.support is None:
@@ -623,8 +625,9 @@ def step_logp(policy, traj: Trajectory, views: "Views", cfg: Config):
     prompt, prompt_mask = traj.prompts(row, views.prompt)
     at, tokens = where.nonzero(as_tuple=True), traj.tokens[row]
     logits = policy.logits(prompt, prompt_mask, state, at, clean=tokens if views.packed else None)             # (n, V)
-    support, hit = None if traj.support is None else traj.support[row][target], target[at]
-    law = Law(logits, cfg, support, hit if order_logp else None)         # losers have no stored support: found again, the same at theta_old
+    hit, theirs = target[at], traj.support is None or views.visited and approximate(cfg)        # a cache's support is not the model's
+    support = None if theirs else traj.support[row][target]
+    law = Law(logits, cfg, support, hit if order_logp and not theirs else None)       # losers' support is found again, the same at theta_old
     token_logp = law.logp(tokens[at])[hit]
     if not order_logp:
         return token_logp, None
@@ -912,20 +915,23 @@ def policy_loss(policy, traj: Trajectory, views: Views, adv: Tensor, cfg: Config
     view_of = target.nonzero(as_tuple=True)[0]                                       # (targets,) the view of each token
     behaviour = traj.logp[row][target]
     logp_old = behaviour if not views.scored else logp.detach() if views.logp_old is None else views.logp_old[target]
-    gain, ratio = surrogate(logp, logp_old, adv[row][target] if adv.dim() == 2 else adv[row[view_of]], cfg.clip, cfg.clip_high)
+    weight = views.weight[view_of]                               # may be negative (Eq. 10), and clips as a negative advantage does
+    token_adv = adv[row][target] if adv.dim() == 2 else adv[row[view_of]]
+    gain, ratio = surrogate(logp, logp_old, token_adv * weight.sign(), cfg.clip, cfg.clip_high)
+    gain = gain * weight.abs()
     if cfg.is_cap and not views.visited:
         gain = gain * (logp_old - behaviour).exp().clamp(max=cfg.is_cap)             # Eq. 7: w, without a gradient
     if cfg.kl:
-        gain = gain - cfg.kl * k3(logp, logp_old, logp_old if cfg.kl_reference == "old" else reference_logp(policy, traj, views, cfg))
-    total = (gain * views.weight[view_of]).sum()                 # tokens of a step are summed: Eq. 1 is a sum over them
+        gain = gain - cfg.kl * weight * k3(logp, logp_old, logp_old if cfg.kl_reference == "old" else reference_logp(policy, traj, views, cfg))
+    total = gain.sum()                                           # tokens of a step are summed: Eq. 1 is a sum over them
     # The choice of positions is one action of the step, made once however many tokens it reveals: its ratio enters, and is
     # clipped, once per step. Multiplied into the token ratios it would count n times and drag tokens over the clip range.
     if order_logp is not None:
         of_step = (adv[row] * target).sum(1) / target.sum(1) if adv.dim() == 2 else adv[row]
         order_old = (traj.order_logp[row, views.step] if not views.scored else
                      order_logp.detach() if views.order_logp_old is None else views.order_logp_old)
-        gain, order_ratio = surrogate(order_logp, order_old, of_step, cfg.clip, cfg.clip_high)
-        total, ratio = total + (gain * views.weight).sum(), torch.cat([ratio, order_ratio])
+        gain, order_ratio = surrogate(order_logp, order_old, of_step * views.weight.sign(), cfg.clip, cfg.clip_high)
+        total, ratio = total + (gain * views.weight.abs()).sum(), torch.cat([ratio, order_ratio])
     return -total / len(traj.tokens), ratio                      # 1/N: mean over completions, skipped ones (adv 0) included
 
 
@@ -1032,8 +1038,17 @@ def sample(policy, tokenizer, batch: list, keys: list, cfg: Config) -> tuple[Tra
     def judge(i, text):
         return i, reward_parts(cfg.task, text, batch[i], weights), grade(cfg.task, text, batch[i]) == 1
 
-    traj, _ = generate(policy, tokenizer, cfg, batch, keys, each=lambda i, text: graded.append(graders().submit(judge, i, text)))
-    _, parts, solved = zip(*sorted(everyones([verdict.result() for verdict in graded]), key=lambda x: x[0]))
+    try:
+        traj, _ = generate(policy, tokenizer, cfg, batch, keys, each=lambda i, text: graded.append(graders().submit(judge, i, text)))
+        verdicts = everyones([verdict.exception() or verdict.result() for verdict in graded])
+    except BaseException:
+        graders().shutdown(wait=False, cancel_futures=True)                          # nobody waits for the rest
+        graders.cache_clear()
+        raise
+    for error in verdicts:
+        if isinstance(error, BaseException):                                         # one process's is all's
+            raise error
+    _, parts, solved = zip(*sorted(verdicts, key=lambda x: x[0]))
     if cfg.controller != "off":                                                      # DiFFPO: right, and in few denoiser calls
         parts = [{k: v * (1 - n / cfg.completion_length)**cfg.alpha for k, v in p.items()} for p, n in zip(parts, traj.nfe.tolist())]
     if cfg.overlong_penalty:
@@ -1104,7 +1119,7 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
     if epochs[0].visited and approximate(cfg) and cfg.is_cap:
         before, epochs = epochs, [correct_for_cache(views, traj, cfg) for views in epochs]
         is_weight = torch.cat([is_weight[:0], *(now.weight.cpu() / then.weight.cpu() for now, then in zip(epochs, before))])
-    # accumulate the gradient over micro-batches and processes, then one optimizer step
+    # accumulate the gradient over passes and processes, then one optimizer step
     ratios, applied = [], True
     for views in epochs:
         total = accumulate(lambda part: policy_loss(policy, traj, part, adv, cfg), traj, views, policy, cfg, ratios)
@@ -1126,7 +1141,7 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "clip_fraction": float(((ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))).float().mean()), "grad_norm": grad_norm,
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
             "ease": float(traj.ease.mean()) if traj.ease is not None else "", "is_weight": float(is_weight.mean()) if len(is_weight) else 1.0,
-            "is_capped": float((is_weight.abs() == cfg.is_cap).double().mean()) if len(is_weight) else 0.0, "sampled": len(parts),
+            "is_capped": float((is_weight.abs() >= cfg.is_cap * (1 - 1e-9)).double().mean()) if len(is_weight) else 0.0, "sampled": len(parts),
             "passes": (scored := sum(len(views.row) for views in epochs)), "passes_saved": made - scored, "skipped": int(not applied), "lr": learning_rate(step, cfg), "heldout": "",
             "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
             "update_seconds": round(time.perf_counter() - clock, 3)}
@@ -1729,7 +1744,7 @@ def with_model(cfg: Config, given: dict) -> Config:
     cfg = dataclasses.replace(cfg, cache=kept)
     if approximate(cfg):
         weights = {"is_cap": IS_CAP, "timesteps": "independent_gradient", "position_term": "off"}
-        fitting = weights if cfg.method in ("agrpo", "exact") else {"is_cap": IS_CAP} if cfg.method == "tracerl" else {}
+        fitting = weights if cfg.method in ("agrpo", "exact") else {"is_cap": IS_CAP}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in fitting.items() if k not in given})
     if not block and (cfg.method == "dipo" or cfg.update_block):
         raise BadInput(f"{'--method dipo' if cfg.method == 'dipo' else '--update-block'} needs a block-causal model (SDAR, --model tiny-block): "
@@ -1830,7 +1845,10 @@ def validate(cfg: Config, training: bool = True):
     need(cfg.fsdp == "off" or cfg.controller == cfg.value_model == "off" and not cfg.sft and not (cfg.kl and cfg.kl_reference == "base"),
          "--fsdp on goes without --sft, --controller, --value-model and --kl to the base model")
     if training and approximate(cfg):
-        need(cfg.controller == cfg.value_model == "off", f"--cache {cfg.cache} goes without --controller and --value-model")
+        need(cfg.controller == cfg.value_model == cfg.fsdp == "off" and not cfg.sft,
+             f"--cache {cfg.cache} goes without --controller, --value-model, --fsdp and --sft")
+        need(cfg.normalizer != "last_step" or not cfg.is_cap or cfg.is_level == "step",
+             "--normalizer last_step counts only a part of the steps, whole completions are weighted by all: --normalizer steps, or --is-level step")
         need(cfg.method != "agrpo" or not cfg.is_cap or cfg.is_level == "step" or cfg.timesteps == "independent_gradient",
              f"--timesteps {cfg.timesteps}: whole completions are weighted by steps drawn independently (independent_gradient), or --is-level step")
         need(cfg.position_term == "off" or not UNMASK[cfg.unmasking].order_logp or cfg.is_cap and cfg.is_level == "completion",
@@ -1973,13 +1991,19 @@ def default_name(cfg: Config) -> str:
     return "-".join([cfg.task, *begun, *what, *more, f"seed{cfg.seed}"])[:100]
 
 
+def as_visited(cfg: Config) -> bool:
+    """Whether the method scores states as the sampler saw them."""
+    return cfg.method in ("agrpo", "exact", "dipo") or cfg.method == "tracerl" and cfg.shrink == 1 and not cfg.update_block
+
+
 USED_WITH = {                          # flags that would be ignored without another one
     "value_model": ("--value-model on", ("gamma", "lam", "value_lr"), lambda cfg: cfg.value_model == "on"),
     "controller": ("--controller", ("alpha", "controller_training", "controller_sigma", "controller_lr"), lambda cfg: cfg.controller != "off"),
     "agrpo": ("--method agrpo", ("mc_steps", "timesteps"), lambda cfg: cfg.method == "agrpo"),
-    "scored": ("states that the sampler did not see (diffu-grpo, diffpo, tracerl), or --cache prefix or dual", ("is_cap",),
-               lambda cfg: cfg.method not in ("agrpo", "exact", "dipo") or approximate(cfg)),
-    "cache": ("--cache prefix or dual", ("is_level",), approximate),
+    "scored": ("states that the sampler did not see (diffu-grpo, diffpo, merged tracerl), or --cache prefix or dual", ("is_cap",),
+               lambda cfg: not as_visited(cfg) or approximate(cfg)),
+    "cache": ("--cache prefix or dual, weights (--is-cap) and states as the sampler saw them (agrpo, exact, tracerl --shrink 1)", ("is_level",),
+              lambda cfg: approximate(cfg) and as_visited(cfg) and cfg.is_cap > 0),
     "official": ("--method agrpo", ("preset",), lambda cfg: cfg.preset != "official" or cfg.method == "agrpo"),
 }
 

@@ -230,9 +230,13 @@ class Writer:
         self.wait()
         self.last = self.pool.submit(work)
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, error, trace):
         try:
             self.wait()
+        except Exception as failed:
+            if error is None:
+                raise
+            print(f"the last checkpoint was not written: {first_line(failed)}", file=sys.stderr)     # what ended the run is told by others
         finally:
             self.pool.shutdown()
 
@@ -870,7 +874,7 @@ def out_of_memory(error: Exception, cfg) -> str:
     frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if "rollout" in frames:
         where, flags = "in a rollout", f"--rollout-batch {max(1, cfg.rollout_batch // 2)}"
-    elif frames & {"policy_loss", "backward"}:
+    elif frames & {"policy_loss", "step_logp", "values", "denoising_loss", "backward"}:
         where, flags = "in the update", f"--tokens-per-pass {max(1, cfg.tokens_per_pass // 2)}"
         flags += " or --gradient-checkpointing on" if cfg.gradient_checkpointing != "on" else ""
     else:

@@ -111,14 +111,14 @@ def test_a_model_with_shifted_logits_computes_the_column_before_the_block():
 
 
 # ------------------------------------------------------------------------------------------ the correction, against enumeration
-def case(unmasking, seed):
+def case(unmasking, seed, top_k=0):
     """A denoiser, and every trajectory of a cached rollout: one whose law is some way off."""
     full, cached = toy.TableDenoiser(3, seed=seed), toy.TableDenoiser(3, seed=seed)
     with torch.no_grad():
         noise = torch.randn(cached.table.shape, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
         noise[-1] = 0.0                                                                  # the first step is exact
         cached.table += 0.4 * noise
-    cfg = dataclasses.replace(BASE, unmasking=unmasking, position_term="off" if unmasking == "random" else "on")
+    cfg = dataclasses.replace(BASE, unmasking=unmasking, top_k=top_k, position_term="off" if unmasking == "random" else "on")
     return cfg, full, toy.as_trajectory(cached, cfg, found := toy.enumerate_trajectories(cached, cfg)), found
 
 
@@ -150,16 +150,17 @@ def drawn_independently(N, pi=(0.3, 0.8, 0.5)):
 
 @pytest.mark.parametrize("views_of", [every_step, drawn_independently])
 @pytest.mark.parametrize("unmasking", ["random", "low_confidence", "plackett_luce"])
-def test_the_gradient_after_cached_rollouts_is_biased_and_corrected_it_is_not(unmasking, views_of):
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_the_gradient_after_cached_rollouts_is_biased_and_corrected_it_is_not(unmasking, views_of, top_k):
     """Exact over all that a cached rollout can do. By low confidence that is not all, with so few tokens: where every candidate of one
-    position is surer than a candidate of another, the latter never wins."""
+    position is surer than a candidate of another, the latter never wins; nor does a token outside of the cache's support."""
     for seed in range(5):
-        cfg, policy, traj, found = case(unmasking, seed)
+        cfg, policy, traj, found = case(unmasking, seed, top_k)
         possible, key = set(), lambda f: (tuple(f[0]), tuple(f[1]), tuple(f[5]))         # noqa: E731
         possible.update(map(key, found))
         exact = toy.enumerate_trajectories(policy, cfg)
         exact, left_out = [f for f in exact if key(f) in possible], sum(float(f[2].detach()) for f in exact if key(f) not in possible)
-        assert left_out < (0.5 if unmasking == "low_confidence" else 1e-12)
+        assert left_out < (0.7 if unmasking == "low_confidence" or top_k else 1e-12)
         rewards = torch.tensor([toy.reward_of(f[0], policy.V) for f in exact], dtype=torch.float64)
         want, = torch.autograd.grad((torch.stack([f[2] for f in exact]) * rewards).sum(), policy.table)
         error = {name: expected_gradient(dataclasses.replace(cfg, **change), policy, traj, found, views_of, want)
@@ -202,6 +203,40 @@ def test_a_step_of_a_rollout_waits_for_the_gpu_only_to_learn_what_is_open(unmask
         with Waits() as waits:
             agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(3)])
         assert not waits.seen, waits.seen
+
+
+def test_a_negative_weight_clips_as_a_negative_advantage_does():
+    cfg = dataclasses.replace(BASE, cache="none", is_cap=0.0, unmasking="low_confidence")
+    policy = toy.TableDenoiser(3)
+    prompt = torch.zeros(16, 1, dtype=torch.long)
+    traj = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(16)])
+    with torch.no_grad():
+        policy.table += torch.randn(policy.table.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)      # ratios far from one
+    views, adv = agrpo.exact_views(traj, None, cfg, policy.mask_id, None), torch.linspace(-1, 1, 16, dtype=torch.float64)
+    one, other = (torch.autograd.grad(agrpo.policy_loss(policy, traj, v, a, cfg)[0], policy.table)[0] for v, a in (
+        (views._replace(weight=-views.weight), adv), (views, -adv)))
+    assert one.norm() > 0 and (one - other).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("unmasking, gap", [("low_confidence", 0.0), ("low_confidence", 5.0), ("low_confidence", 10.0), ("random", 20.0)])
+def test_recorded_sizes_are_right_where_a_law_is_all_but_certain(unmasking, gap):
+    """float32, where 1 - 2 p + sum p^2 would be noise, against autograd in float64."""
+    class Certain(toy.TableDenoiser):
+        def logits(self, *args, **rest):
+            return super().logits(*args, **rest).float()
+
+    policy = Certain(3, 4)
+    with torch.no_grad():
+        policy.table[..., 1] += gap
+    cfg = dataclasses.replace(BASE, cache="none", is_cap=0.0, unmasking=unmasking, temperature=1.0)
+    prompt = torch.zeros(8, 1, dtype=torch.long)
+    traj = agrpo.rollout(policy, prompt, torch.ones_like(prompt), cfg, [(i,) for i in range(8)])
+    policy.__class__ = toy.TableDenoiser
+    views = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
+    for i in range(len(views.row)):
+        token, order = agrpo.step_logp(policy, traj, views.select(slice(i, i + 1)), cfg)
+        want = sum(float(torch.autograd.grad(x.sum(), policy.table, retain_graph=True)[0].square().sum()) for x in (token, order) if x is not None and x.requires_grad)
+        assert abs(float(traj.gradient[views.row[i], views.step[i]]) - want) < 1e-2 * want + 1e-13
 
 
 @pytest.mark.parametrize("method", ["exact", "agrpo"])
@@ -265,7 +300,9 @@ def test_what_a_cache_goes_with():
     assert parse("--cache", "prefix", "--is-level", "step", "--timesteps", "stratified").is_cap == agrpo.IS_CAP
     for words, told in ((("--cache", "block"), "--cache block"), (("--model", "tiny-block", "--cache", "dual"), "--cache dual"),
                         (("--cache", "dual", "--controller", "threshold"), "controller"), (("--is-level", "step"), "--cache prefix or dual"),
-                        (("--cache", "dual", "--timesteps", "batch"), "independent"),
+                        (("--cache", "dual", "--timesteps", "batch"), "independent"), (("--cache", "dual", "--preset", "official"), "last_step"),
+                        (("--cache", "dual", "--sft", "gold"), "--sft"), (("--cache", "dual", "--method", "diffpo", "--is-level", "step"), "--is-level"),
+                        (("--method", "tracerl", "--shrink", "1", "--is-cap", "2"), "--is-cap"),
                         (("--cache", "dual", "--position-term", "on", "--is-level", "step"), "whole completions"),
                         (("--cache", "dual", "--position-term", "on", "--is-cap", "0"), "whole completions"), (("--is-cap", "2"), "--is-cap 2")):
         with pytest.raises(agrpo.BadInput, match=told):

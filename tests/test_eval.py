@@ -2,6 +2,7 @@
 Run: pytest tests/test_eval.py"""
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,3 +235,20 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, flags, word, capsys):
     err = capsys.readouterr().err
     assert err.startswith("eval: ") and err.count("\n") == 1 and word in err
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before
+
+
+def test_a_writer_tells_its_error_and_leaves_that_of_the_run_alone(capsys):
+    def broken():
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"), evaluation.Writer() as writer:
+        writer.submit(broken)
+    with pytest.raises(FloatingPointError), evaluation.Writer() as writer:
+        writer.submit(broken)
+        raise FloatingPointError
+    assert "no space" in capsys.readouterr().err
+    done = []
+    with evaluation.Writer() as writer:
+        writer.submit(lambda: time.sleep(0.1) or done.append(1))
+        writer.submit(lambda: done.append(2))
+    assert done == [1, 2]
