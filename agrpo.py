@@ -1115,10 +1115,10 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
         epochs = [views.select(teaches(views, traj, adv, cfg)) for views in epochs]  # no gradient: no pass
     if epochs[0].scored and (cfg.inner_epochs > 1 or approximate(cfg)):
         epochs = [score_old(policy, traj, views, cfg) for views in epochs]
-    is_weight = torch.ones(1)                                                        # Eq. 10: W of the views scored
+    is_weight = torch.zeros(0)                                                       # Eq. 10: W of the views scored
     if epochs[0].visited and approximate(cfg) and cfg.is_cap:
         before, epochs = epochs, [correct_for_cache(views, traj, cfg) for views in epochs]
-        is_weight = torch.cat([is_weight[:0], *(now.weight.cpu() / then.weight.cpu() for now, then in zip(epochs, before))])
+        is_weight = torch.cat([now.weight.cpu() / then.weight.cpu() for now, then in zip(epochs, before)])
     # accumulate the gradient over passes and processes, then one optimizer step
     ratios, applied = [], True
     for views in epochs:
@@ -1140,8 +1140,8 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "solved": mean(solved), "ratio": float(ratio.mean()),
             "clip_fraction": float(((ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))).float().mean()), "grad_norm": grad_norm,
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
-            "ease": float(traj.ease.mean()) if traj.ease is not None else "", "is_weight": float(is_weight.mean()) if len(is_weight) else 1.0,
-            "is_capped": float((is_weight.abs() >= cfg.is_cap * (1 - 1e-9)).double().mean()) if len(is_weight) else 0.0, "sampled": len(parts),
+            "ease": float(traj.ease.mean()) if traj.ease is not None else "", "is_weight": float(is_weight.mean()) if len(is_weight) else "",
+            "is_capped": float((is_weight.abs() >= cfg.is_cap * (1 - 1e-9)).double().mean()) if len(is_weight) else "", "sampled": len(parts),
             "passes": (scored := sum(len(views.row) for views in epochs)), "passes_saved": made - scored, "skipped": int(not applied), "lr": learning_rate(step, cfg), "heldout": "",
             "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
             "update_seconds": round(time.perf_counter() - clock, 3)}
@@ -1676,7 +1676,7 @@ def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
 # -------------------------------------------------------------------------------------------- run folder, command line
 EVALUATION = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0, "top_p": 1.0}     # greedy, as the paper's
 MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass", "gradient_checkpointing", "compile", "fsdp", "report_to")  # on --resume
-IS_CAP = 2.0                           # where rollouts sample with an approximate cache
+WITH_CACHE = {"is_cap": 2.0, "timesteps": "independent_gradient", "position_term": "off"}      # --cache prefix or dual; flags win over it
 GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
 
 
@@ -1743,8 +1743,7 @@ def with_model(cfg: Config, given: dict) -> Config:
         raise BadInput(f"--cache {kept}: {cfg.model} attends {'in blocks, its cache is exact (block)' if block else 'in both directions: prefix or dual'}")
     cfg = dataclasses.replace(cfg, cache=kept)
     if approximate(cfg):
-        weights = {"is_cap": IS_CAP, "timesteps": "independent_gradient", "position_term": "off"}
-        fitting = weights if cfg.method in ("agrpo", "exact") else {"is_cap": IS_CAP}
+        fitting = WITH_CACHE if cfg.method in ("agrpo", "exact") else {"is_cap": WITH_CACHE["is_cap"]}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in fitting.items() if k not in given})
     if not block and (cfg.method == "dipo" or cfg.update_block):
         raise BadInput(f"{'--method dipo' if cfg.method == 'dipo' else '--update-block'} needs a block-causal model (SDAR, --model tiny-block): "
@@ -1850,10 +1849,11 @@ def validate(cfg: Config, training: bool = True):
         need(cfg.normalizer != "last_step" or not cfg.is_cap or cfg.is_level == "step",
              "--normalizer last_step counts only a part of the steps, whole completions are weighted by all: --normalizer steps, or --is-level step")
         need(cfg.method != "agrpo" or not cfg.is_cap or cfg.is_level == "step" or cfg.timesteps == "independent_gradient",
-             f"--timesteps {cfg.timesteps}: whole completions are weighted by steps drawn independently (independent_gradient), or --is-level step")
+             f"--timesteps {cfg.timesteps} with --cache {cfg.cache}: --timesteps independent_gradient, as whole completions are weighted by steps drawn "
+             "independently, or --is-level step")
         need(cfg.position_term == "off" or not UNMASK[cfg.unmasking].order_logp or cfg.is_cap and cfg.is_level == "completion",
-             f"--position-term on with --cache {cfg.cache} needs weights of whole completions: under the cache's law the choice of positions has a score "
-             "whose mean is not zero; without them training collapsed")
+             f"--position-term on with --cache {cfg.cache} needs weights of whole completions: --is-level completion and --is-cap above 0, or "
+             "--position-term off")
     need(cfg.fsdp == "off" or not cfg.lora_rank, "--fsdp on shares the weights of full fine-tuning: --lora-rank 0")
     need(cfg.fsdp == "off" or int(os.environ.get("WORLD_SIZE", 1)) > 1,
          "--fsdp on needs several processes (accelerate launch or torchrun); here: --fsdp off")
@@ -1863,6 +1863,8 @@ def validate(cfg: Config, training: bool = True):
 def need_gpu(cfg: Config):
     """Raises BadInput, one line that says what would run here, if the model is too large for a machine without a GPU."""
     local = cfg.model in TINY or Path(cfg.model).is_dir()
+    if not local and len(Path(cfg.model).parts) > 1 and Path(cfg.model).parent.is_dir():
+        raise BadInput(f"--model {cfg.model}: there is no such folder")
     if device_for(cfg) != "cpu" or local and (cfg.model in TINY or parameter_count(open_checkpoint(cfg)[0].config) < SMALL) or (
             not local and cfg.device == "cpu" and cfg.model != LLADA):
         return
@@ -2012,7 +2014,8 @@ def parse(argv) -> tuple[Config, dict]:
     """The command line: every field of Config is a flag; what is not given comes from the preset, the recipe or the task's shape."""
     sets = "\n".join(f"    --method {method:<11} {', '.join(f'{k} {v}' for k, v in settings.items())}" for method, settings in PUBLISHED.items() if settings)
     parser = run_folder.Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                               epilog=f"set by the method, where no flag does:\n{sets}\n    --sft               {', '.join(f'{k} {v}' for k, v in SFT.items())}")
+                               epilog=f"set by the method, where no flag does:\n{sets}\n    --sft               {', '.join(f'{k} {v}' for k, v in SFT.items())}\n    --cache dual        "
+                                      f"{', '.join(f'{k} {v}' for k, v in WITH_CACHE.items())}")
     run_folder.add_flags(parser, Config(), CHOICES, recipe=RECIPE)
     for flag, text in (("--resume", "continue runs/NAME"), ("--overwrite", "replace runs/NAME"),
                        ("--rebuild-base", "train the tiny base model again")):

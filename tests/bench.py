@@ -4,6 +4,7 @@
     python tests/bench.py tiny            the laptop's model
     python tests/bench.py llada           LLaDA-8B, 8 rows of 150 + 384 (a GPU of 80 GB)
     python tests/bench.py scaling         how cost grows with completion length, rows, K and vocabulary (CPU, 6 minutes)
+    python tests/bench.py check           a shape of seconds, to see that it works; its numbers say nothing and are not kept
     python tests/bench.py runs runs/*     what finished runs with and without --cache learned, and in which time; writes assets/cache.csv
     python tests/bench.py tables          the tables of the README from assets/bench-*.csv and assets/cache.csv
 

@@ -294,17 +294,17 @@ def test_texts_come_back_in_order_and_each_is_handed_on_early(monkeypatch):
 def test_what_a_cache_goes_with():
     parse = lambda *words: agrpo.parse([*words, "--device", "cpu"])[0]                   # noqa: E731
     cfg = parse("--cache", "dual")
-    assert (cfg.is_cap, cfg.timesteps, cfg.is_level, cfg.position_term) == (agrpo.IS_CAP, "independent_gradient", "completion", "off")
+    assert (cfg.is_cap, cfg.timesteps, cfg.is_level, cfg.position_term) == (agrpo.WITH_CACHE["is_cap"], "independent_gradient", "completion", "off")
     assert parse("--cache", "dual", "--position-term", "on").position_term == "on"
     assert agrpo.evaluation_config(cfg).cache == "none" and parse().cache == "none" and parse("--model", "tiny-block").cache == "block"
-    assert parse("--cache", "prefix", "--is-level", "step", "--timesteps", "stratified").is_cap == agrpo.IS_CAP
+    assert parse("--cache", "prefix", "--is-level", "step", "--timesteps", "stratified").is_cap == agrpo.WITH_CACHE["is_cap"]
     for words, told in ((("--cache", "block"), "--cache block"), (("--model", "tiny-block", "--cache", "dual"), "--cache dual"),
                         (("--cache", "dual", "--controller", "threshold"), "controller"), (("--is-level", "step"), "--cache prefix or dual"),
                         (("--cache", "dual", "--timesteps", "batch"), "independent"), (("--cache", "dual", "--preset", "official"), "last_step"),
                         (("--cache", "dual", "--sft", "gold"), "--sft"), (("--cache", "dual", "--method", "diffpo", "--is-level", "step"), "--is-level"),
                         (("--method", "tracerl", "--shrink", "1", "--is-cap", "2"), "--is-cap"),
-                        (("--cache", "dual", "--position-term", "on", "--is-level", "step"), "whole completions"),
-                        (("--cache", "dual", "--position-term", "on", "--is-cap", "0"), "whole completions"), (("--is-cap", "2"), "--is-cap 2")):
+                        (("--cache", "dual", "--position-term", "on", "--is-level", "step"), "position-term off"),
+                        (("--cache", "dual", "--position-term", "on", "--is-cap", "0"), "position-term off"), (("--is-cap", "2"), "--is-cap 2")):
         with pytest.raises(agrpo.BadInput, match=told):
             parse(*words)
 
