@@ -458,7 +458,7 @@ def test_a_step_on_weights_that_are_not_finite_is_skipped(timesteps):
 def test_what_is_not_finite_is_skipped_counted_and_stops_the_run_after_three_in_a_row(here, quick, monkeypatch, where, varied_reward, capsys):
     loss_of, parts_of, calls = agrpo.policy_loss, agrpo.reward_parts, []
 
-    def broken(policy, *args):                                                       # steps 1, 3, 4, 5 of 0..5, a micro-batch each
+    def broken(policy, *args):                                                       # steps 1, 3, 4, 5 of 0..5, a pass each
         loss, ratio = loss_of(policy, *args)
         calls.append(1)
         bad = len(calls) - 1 in (1, 3, 4, 5)
