@@ -66,8 +66,8 @@ import eval as run_folder              # evaluation, figures and the files of a 
 from eval import (SMALL, adapter_shape, add_adapter, anyone, base_of, computed_again, encode_prompts, end_of_turn, everyones,
                   load_adapter, load_model, merge, once, open_checkpoint, parameter_count, processes, read_controller, save_controller,
                   save_weights, say, tiny_model, tiny_tokenizer)
-from rewards import (FORMATS, TASKS, BadInput, gold_completion, grade, graders, load_examples, load_split, overlong, prompt_for, read_pairs, read_weights,
-                     reward_parts)
+from rewards import (FORMATS, TASKS, BadInput, gold_completion, grade, graders, load_examples, load_split, overlong, prompt_for, read_pairs,
+                     read_weights, reward_parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -103,13 +103,13 @@ class Config:
     temperature: float = 1.0           # tau [paper: 0.6]
     top_k: int = 0                     # sample among the k likeliest tokens; 0: all [paper: 150]
     top_p: float = 1.0                 # ... and among the fewest that hold this much probability; needs top_k [paper: 0.99]
-    cache: str = "none"                # of keys and values in rollouts; prefix, dual: approximate, the update corrects; block: of block-causal models, exact
+    cache: str = "none"                # of keys and values in rollouts: prefix, dual (approximate, the update corrects), block (block-causal models, exact)
     dynamic_sampling: int = 0          # times that groups of equal rewards are replaced by those of other prompts [DiPO]
     # estimator and loss
     method: str = "agrpo"              # which states are scored: a row of VIEWS, with the settings of PUBLISHED
     timesteps: str = "batch_gradient"  # how agrpo's K time steps are drawn [paper: batch_entropy]
     mc_steps: int = 1                  # K time steps drawn per completion with an advantage, on average [paper: 24]
-    normalizer: str = "steps"          # Z: steps = T, constant; last_step = m of each completion; tokens of a completion, a state, the batch [paper: last_step]
+    normalizer: str = "steps"          # Z: a row of NORMALIZERS: steps = T, constant; last_step = m of each completion; tokens .. [paper: last_step]
     advantage: str = "std"             # of a reward within its group [paper: mean]
     clip: float = 0.2                  # eps of Eq. 4; acts from the second inner epoch on [diffu-GRPO: 0.5]
     clip_high: float = 0.0             # eps above 1, where it is another; 0: as clip [DiPO: 0.28]
@@ -249,7 +249,8 @@ class Policy(torch.nn.Module):
             noisy = torch.arange(ids.shape[1], device=ids.device) >= P + C
         if self.block:
             mask = block_mask(block_rule(positions // self.block, real.bool(), noisy), *ids.shape, ids.device, self.flex)
-        else:                                                                        # (N, 1, S, S); of a mask (N, S) the library asks whether it hides anything, and waits
+        else:                                                                        # (N, 1, S, S); were it (N, S), the library would look whether
+            # it hides anything, and wait for the GPU
             mask = real.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)
         return self.decode(ids, mask, positions)[:, -1 - C:]
 
@@ -259,7 +260,8 @@ class Policy(torch.nn.Module):
         if self.block:
             decoder.config._attn_implementation = "sdpa" if isinstance(attention_mask, Tensor) else "flex_attention"
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            return (self.compiled or decoder)(input_ids=ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache).last_hidden_state
+            out = (self.compiled or decoder)(input_ids=ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache)
+        return out.last_hidden_state
 
     def wait_for_others(self):
         """Sharded weights travel between processes in every forward, so all must make equally many: one that has finished its
@@ -364,6 +366,7 @@ class Law:
 #       No order_logp: the choice does not depend on theta (random), or given theta it is not random at all. Then the token log-probs
 #       alone are the exact law (almost everywhere: where two scores tie, E[R] has no derivative).
 class Unmask(NamedTuple):
+    """A row of UNMASK: see above."""
     score: Callable
     order_logp: Callable | None = None
     level: Callable | None = None
@@ -493,6 +496,7 @@ class Trajectory:
         return goes_on.int().cumprod(1).sum(1)
 
     def to(self, device) -> "Trajectory":
+        """The same on a device."""
         return Trajectory(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
     def prompts(self, row: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -502,6 +506,7 @@ class Trajectory:
         return (self.prompt[row] if prompt is None else prompt)[:, -P:], mask[:, -P:]
 
     def rows(self, index) -> "Trajectory":
+        """Some of the rows, by indices or bool (N,)."""
         return Trajectory(**{k: v[index] if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
     @staticmethod
@@ -648,7 +653,8 @@ class Visits(NamedTuple):
     adv: Tensor                        # (N,)
 
     @property
-    def inside(self) -> Tensor:        # (N, T)
+    def inside(self) -> Tensor:
+        """(N, T) bool: steps below the horizon."""
         return torch.arange(self.entropy.shape[1]) < self.horizon[:, None]
 
 
@@ -810,7 +816,8 @@ class Views(NamedTuple):
     logp_old: Tensor | None = None     # (M, C) of tokens and (M,) of the choice of positions, if scored: see score_old
     order_logp_old: Tensor | None = None
 
-    def select(self, index):
+    def select(self, index) -> "Views":
+        """Some of the views, by indices, a slice or bool (M,)."""
         return Views(*(x[index] if isinstance(x, Tensor) else x for x in self))
 
 
@@ -1142,7 +1149,8 @@ def train_step(policy, tokenizer, optimizer, examples: list, step: int, cfg: Con
             "entropy": float(traj.entropy.sum() / traj.tokens.numel()), "nfe": float(traj.nfe.float().mean()),
             "ease": float(traj.ease.mean()) if traj.ease is not None else "", "is_weight": float(is_weight.mean()) if len(is_weight) else "",
             "is_capped": float((is_weight.abs() >= cfg.is_cap * (1 - 1e-9)).double().mean()) if len(is_weight) else "", "sampled": len(parts),
-            "passes": (scored := sum(len(views.row) for views in epochs)), "passes_saved": made - scored, "skipped": int(not applied), "lr": learning_rate(step, cfg), "heldout": "",
+            "passes": (scored := sum(len(views.row) for views in epochs)), "passes_saved": made - scored, "skipped": int(not applied),
+            "lr": learning_rate(step, cfg), "heldout": "",
             "peak_memory_mb": run_folder.peak_memory_mb(), "rollout_seconds": round(rollout_seconds, 3),
             "update_seconds": round(time.perf_counter() - clock, 3)}
 
@@ -1210,7 +1218,8 @@ def score_old(policy, traj: Trajectory, views: Views, cfg: Config) -> Views:
         dense = torch.zeros(some.target.shape, dtype=torch.float64, device=logp.device).masked_scatter(some.target, logp.double())
         found.append([x if x is None or world == 1 else x.cpu() for x in (mine[part], dense, order_logp)])
     policy.wait_for_others()
-    index, logp, order_logp = ([x.to(views.row.device) for x in xs if x is not None] for xs in zip(*(everyones(found) or [[views.row, views.target.double(), None]])))
+    found = everyones(found) or [[views.row, views.target.double(), None]]           # no views at all
+    index, logp, order_logp = ([x.to(views.row.device) for x in xs if x is not None] for xs in zip(*found))
     back = torch.cat(index).argsort()
     return views._replace(logp_old=torch.cat(logp)[back], order_logp_old=torch.cat(order_logp).double()[back] if order_logp else None)
 
@@ -1256,6 +1265,7 @@ class ValueModel(Policy):
         self.switch("default")
 
     def switch(self, name: str):
+        """Which adapters are in use: "default", the policy's, or "value"."""
         if hasattr(self.model, "peft_config"):
             self.model.set_adapter(name)
             for p in self.trained + getattr(self, "own", []):                        # switching freezes those not in use
@@ -1602,7 +1612,8 @@ def sft_examples(tokenizer, cfg: Config, examples: list, context: int, mask_id: 
     """Prompts and answers to fine-tune on: the task's right answers to its examples, in the prompt's format, or the rows of a file. Says
     how many are too long for --completion-length, and leaves them out. Raises BadInput if none is left, or a row cannot be learned."""
     if cfg.sft == "gold":
-        rows = [{"prompt": prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt), "answer": gold_completion(cfg.task, ex, cfg.prompt)} for ex in examples]
+        rows = [{"prompt": prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt), "answer": gold_completion(cfg.task, ex, cfg.prompt)}
+                for ex in examples]
     else:
         rows = [{"prompt": (row["prompt"], ""), "answer": row["completion"]} for row in read_pairs(cfg.sft)]
     ended, answers = end_of_turn(tokenizer) is not None, tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
@@ -1614,7 +1625,8 @@ def sft_examples(tokenizer, cfg: Config, examples: list, context: int, mask_id: 
     if len(short) < len(rows):
         say(f"left out: {len(rows) - len(short)} of {len(rows)} answers, of more than {cfg.completion_length} tokens")
     if not short:
-        raise BadInput(f"--completion-length {cfg.completion_length}: all answers of --sft {cfg.sft} are longer, the shortest has {min(map(len, answers)) + ended} tokens")
+        raise BadInput(f"--completion-length {cfg.completion_length}: all answers of --sft {cfg.sft} are longer, the shortest has "
+                       f"{min(map(len, answers)) + ended} tokens")
     longest = encode_prompts(tokenizer, [row["prompt"] for row in short])[0].shape[1]
     if longest + cfg.completion_length > context:
         raise BadInput(f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a completion {cfg.completion_length}; the context is {context}")
@@ -1675,7 +1687,8 @@ def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
 
 # -------------------------------------------------------------------------------------------- run folder, command line
 EVALUATION = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0, "top_p": 1.0}     # greedy, as the paper's
-MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass", "gradient_checkpointing", "compile", "fsdp", "report_to")  # on --resume
+MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass", "gradient_checkpointing", "compile", "fsdp",
+              "report_to")             # on --resume
 WITH_CACHE = {"is_cap": 2.0, "timesteps": "independent_gradient", "position_term": "off"}      # --cache prefix or dual; flags win over it
 GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
 
@@ -1779,6 +1792,7 @@ def evaluation_config(cfg: Config) -> Config:
 
 
 def steps_of(cfg: Config) -> list[int]:
+    """The numbers of denoising steps to evaluate with; the first is the headline. Raises BadInput."""
     return run_folder.numbers(cfg.eval_steps, "--eval-steps")
 
 
@@ -1874,6 +1888,7 @@ def need_gpu(cfg: Config):
 
 
 def device_for(cfg: Config) -> str:
+    """"cpu", or this process's "cuda:i"."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                # several processes: one GPU each
     return local if cfg.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
@@ -1988,7 +2003,7 @@ def run(cfg: Config, resume: bool = False, overwrite: bool = False, rebuild_base
 def default_name(cfg: Config) -> str:
     """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the run apart from the plain one."""
     begun = [cfg.model] if cfg.model == "tiny-block" else [f"on-{Path(cfg.model).name}"] if made_here(cfg.model) and cfg.model != "tiny" else []
-    what = ["sft"] if cfg.sft else [cfg.preset if cfg.preset and cfg.method == "agrpo" else cfg.method, *[cfg.preset] * (cfg.method != "agrpo" and cfg.preset != "")]
+    what = ["sft"] if cfg.sft else [cfg.preset or cfg.method] if cfg.method == "agrpo" else [cfg.method, *filter(None, [cfg.preset])]
     more = ["value"] * (cfg.value_model == "on") + [f"{cfg.controller}-{cfg.controller_training}"] * (cfg.controller != "off")
     return "-".join([cfg.task, *begun, *what, *more, f"seed{cfg.seed}"])[:100]
 
@@ -2012,10 +2027,10 @@ USED_WITH = {                          # flags that would be ignored without ano
 
 def parse(argv) -> tuple[Config, dict]:
     """The command line: every field of Config is a flag; what is not given comes from the preset, the recipe or the task's shape."""
-    sets = "\n".join(f"    --method {method:<11} {', '.join(f'{k} {v}' for k, v in settings.items())}" for method, settings in PUBLISHED.items() if settings)
+    words = lambda settings: ", ".join(f"{k} {v}" for k, v in settings.items())      # noqa: E731
+    sets = {**{f"--method {method}": settings for method, settings in PUBLISHED.items() if settings}, "--sft": SFT, "--cache dual": WITH_CACHE}
     parser = run_folder.Parser(prog="agrpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                               epilog=f"set by the method, where no flag does:\n{sets}\n    --sft               {', '.join(f'{k} {v}' for k, v in SFT.items())}\n    --cache dual        "
-                                      f"{', '.join(f'{k} {v}' for k, v in WITH_CACHE.items())}")
+                               epilog="set by the method, where no flag does:\n" + "\n".join(f"    {k:<20} {words(v)}" for k, v in sets.items()))
     run_folder.add_flags(parser, Config(), CHOICES, recipe=RECIPE)
     for flag, text in (("--resume", "continue runs/NAME"), ("--overwrite", "replace runs/NAME"),
                        ("--rebuild-base", "train the tiny base model again")):
@@ -2076,6 +2091,10 @@ def main(argv=None) -> int:
         print("interrupted; what was saved is intact: --resume continues", file=sys.stderr)
         return 130
 
+
+# what `python -m pydoc agrpo` shows: all that is defined here but torch's own kinds of class, whose pages (agrpo.Policy, agrpo.ValueModel) are mostly torch's
+__all__ = [name for name, thing in list(globals().items()) if getattr(thing, "__module__", "") == __name__
+           and not (isinstance(thing, type) and issubclass(thing, (torch.nn.Module, torch.autograd.Function)))]
 
 if __name__ == "__main__":
     sys.exit(main())

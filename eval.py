@@ -158,6 +158,7 @@ def read_json(path: Path, kind: type = dict):
 
 
 def write_json(path: Path, value):
+    """Indented, whole or not at all."""
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
@@ -179,6 +180,9 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
     if other:
         raise BadInput(f"{folder} was run with {', '.join(f'{k}={saved.get(k)!r}' for k in other)}, not "
                        f"{', '.join(f'{k}={settings[k]!r}' for k in other)}")
+    done = len(read_log(folder / "log.csv", before_step=math.inf)) - 1 if resume else 0      # the last may have no checkpoint yet
+    if done > settings["max_steps"]:
+        raise BadInput(f"--max-steps {settings['max_steps']}: {folder} has done more already, --name NAME starts another run")
 
 
 def begin(folder: Path, settings: dict, overwrite: bool):
@@ -288,11 +292,13 @@ def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
 
 
 def write_log(path: Path, rows: list[dict]):
+    """All rows of a log.csv, whole or not at all."""
     lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)] if rows else []
     write_atomically(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
 
 
 def append_log(path: Path, row: dict):
+    """One row more; the first brings the header."""
     with open(path, "a") as f:
         f.write(("" if f.tell() else ",".join(row) + "\n") + ",".join(map(str, row.values())) + "\n")
 
@@ -320,7 +326,7 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     lines = [[b["steps"], f"{b['nfe']:.1f} -> {t['nfe']:.1f}" if abs(b["nfe"] - t["nfe"]) > 0.05 else f"{t['nfe']:.1f}", percent(b), percent(t)]
              for b, t in zip(base, trained)]
     print(table(["steps", "NFE", "base", "trained"], lines))
-    print(f"{len(rows)} training steps, {seconds['total']:.0f} s in all. Look at {folder}/{'curve' if rows else 'frontier'}.png and "
+    print(f"{len(rows)} training step{'s' * (len(rows) != 1)}, {seconds['total']:.0f} s in all. Look at {folder}/{'curve' if rows else 'frontier'}.png and "
           f"{folder}/samples.txt")
 
 
@@ -361,6 +367,7 @@ def once(work: Callable, *args):
 
 
 def say(*words):
+    """print, once for all processes."""
     if processes()[0] == 0:
         print(*words, flush=True)
 
@@ -620,6 +627,7 @@ def load_adapter(model, folder: Path, trainable: bool):
 
 
 def save_controller(controller, folder: Path):
+    """Writes controller.safetensors."""
     from safetensors.torch import save_file
     save_file({k: v.detach().cpu().contiguous() for k, v in controller.state_dict().items()}, folder / "controller.safetensors")
 
@@ -917,33 +925,42 @@ def figure(path: Path, title: str, xlabel: str, ylabel: str, draw, size=(7, 4)):
 
 
 def label_end(axis, x, y, text, colour):
+    """A line's name at its end."""
     axis.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", color=colour, fontsize=9)
 
 
 def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO"):
-    """Solved share against training minutes; runs: (rows of log.csv, base, trained or None), one per seed. Completions
-    sampled in training (mean of ten steps) and held-out ones decoded greedily."""
+    """Solved share against training minutes; runs: (rows of log.csv, base, trained or None), one per seed: their mean, and a band from the
+    lowest to the highest. Completions sampled in training (mean of ten steps) and held-out ones decoded greedily."""
     def draw(axis):
+        sampled, held = [], []                                                       # of each run: minutes, %
         for rows, base, trained in runs:
-            spent = [(float(row["rollout_seconds"]) + float(row["update_seconds"])) / 60 for row in rows]
-            minutes = [sum(spent[:i + 1]) for i in range(len(spent))]
+            minutes = np.cumsum([float(row["rollout_seconds"]) + float(row["update_seconds"]) for row in rows]) / 60
             share = [100 * float(row["solved"]) for row in rows if "solved" in row]          # none in supervised fine-tuning
-            smooth = [sum(share[max(0, i - 9):i + 1]) / len(share[max(0, i - 9):i + 1]) for i in range(len(share))]
-            held = [(0.0, 100 * base["solved"])] + [(m, 100 * float(r["heldout"])) for m, r in zip(minutes[:-1], rows) if r["heldout"]]
-            held += [(minutes[-1], 100 * trained["solved"])] if trained else []
-            axis.plot(minutes[:len(share)], share, color=COLOUR["sampled"], alpha=0.25, lw=0.8)
-            axis.plot(minutes[:len(share)], smooth, color=COLOUR["sampled"], lw=1.5, ls=(0, (4, 1)))
-            axis.plot(*zip(*held), color=COLOUR["trained"], lw=2, marker="o", ms=4)
-            axis.axhline(100 * base["solved"], color=COLOUR["base"], ls=":", lw=1)
-        top, used = axis.get_ylim()[1], -math.inf                                    # labels at the ends, none over another
-        ends = [(100 * base["solved"] + 0.03 * top, "base, held out", "base"), (held[-1][1], "held out, greedy", "trained"),
-                *[(y, "sampled in training", "sampled") for y in smooth[-1:]]]
-        for y, text, colour in sorted(ends):
+            if len(runs) == 1:
+                axis.plot(minutes[:len(share)], share, color=COLOUR["sampled"], alpha=0.3, lw=0.6)
+            sampled += [(minutes, [sum(share[max(0, i - 9):i + 1]) / len(share[max(0, i - 9):i + 1]) for i in range(len(share))])] if share else []
+            points = [(0.0, 100 * base["solved"])] + [(m, 100 * float(r["heldout"])) for m, r in zip(minutes[:-1], rows) if r["heldout"]]
+            held.append(list(zip(*points, *[(minutes[-1], 100 * trained["solved"])] if trained else [])))
+        grid, ends = np.linspace(0, end := min(x[-1] for x, _ in held + sampled), 101), []
+        base = 100 * sum(b["solved"] for _, b, _ in runs) / len(runs)
+        for curves, kind, text, style in ((sampled, "sampled", "sampled in training", (0, (4, 1))), (held, "trained", "held out, greedy", "-")):
+            if curves:
+                y = np.array([np.interp(grid, *curve) for curve in curves])
+                axis.fill_between(grid, y.min(0), y.max(0), color=COLOUR[kind], alpha=0.15, lw=0)
+                axis.plot(grid, y.mean(0), color=COLOUR[kind], lw=2, ls=style)
+                ends.append((y.mean(0)[-1], text, kind))
+        if len(runs) == 1:
+            axis.plot(*held[0], "o", color=COLOUR["trained"], ms=4)
+        axis.axhline(base, color=COLOUR["base"], ls=":", lw=1.5)
+        top, used = max(axis.get_ylim()[1], 1e-9), -math.inf                         # labels at the ends, none over another
+        for y, text, kind in sorted([*ends, (base + 0.03 * top, "base, held out", "base")]):
             used = max(y, used + 0.05 * top)
-            label_end(axis, minutes[-1], used, text, COLOUR[colour])
-        axis.set_xlim(0, minutes[-1] * 1.35)
+            label_end(axis, end, used, text, COLOUR[kind])
+        axis.set_xlim(0, end * 1.35)
         axis.set_ylim(0, max(top, used + 0.05 * top))
-    figure(path, f"Does {method} make the model better at {task}?", "minutes of rollout and update", "solved, %", draw)
+    figure(path, f"Does {method} make the model better at {task}?",
+           "minutes of rollout and update" + (f" (mean of {len(runs)} seeds, band: lowest and highest)" if len(runs) > 1 else ""), "solved, %", draw)
 
 
 def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % interval"):
@@ -1028,6 +1045,7 @@ class StopRequest:
 
 
 def peak_memory_mb() -> int:
+    """Highest so far of this process, megabytes: of the GPU if there is one, else resident."""
     import torch
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20

@@ -23,7 +23,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
 from math import gcd
@@ -654,22 +654,27 @@ def gold_completion(task: str, example: dict, style: str) -> str:
 # ----------------------------------------------------------------------------------------------------- the table of tasks
 @dataclass(frozen=True)
 class Task:
-    """One row of TASKS. `generate` and `lazy` are None for tasks whose data cannot be made up, `hub` for the others."""
+    """One row of TASKS. The first three are all that a task with a --data file needs; `generate` makes examples up instead, and with
+    `lazy` the tiny model can begin with it. None of the functions of a completion may raise on any text."""
     question: Callable[[dict], str]                        # example -> the statement in words
-    instruction: str                                       # what to do with it
-    form: str                                              # what stands in the box
     gold: Callable[[dict], str]                            # example -> a right answer
-    grade: Callable[[str, dict], float]
-    parts: Callable[[str, dict], dict]                     # each in [0, 1]
-    weights: dict                                          # of the parts in the reward: the published sum
-    answer: Callable[[str], object]                        # completion -> what is put to the vote, None for no answer
-    row: Callable[[dict], dict]                            # a row of a data file -> example
-    key: Callable[[dict], object]                          # equal for two examples that are the same but for symmetry
-    bare: Callable[[dict], str] | None = None              # example -> the statement as the tiny model knows it
+    grade: Callable[[str, dict], float]                    # completion, example -> [0, 1], 1 is solved
+    instruction: str = "Solve the problem step by step."   # what to do with it
+    form: str = "the answer"                               # what stands in the box
+    parts: Callable[[str, dict], dict] | None = None       # of the reward, each in [0, 1]; default: "correct", the grade
+    weights: dict = field(default_factory=lambda: {"correct": 3})      # of the parts: the published sum
+    answer: Callable[[str], object] = lambda c: find_answer(c)[0] or None      # completion -> what is put to the vote, None for no answer
+    row: Callable[[dict], dict] = dict                     # a row of a data file -> example
+    key: Callable[[dict], object] | None = None            # equal for two examples that are the same but for symmetry; default: question
+    bare: Callable[[dict], str] | None = None              # example -> the statement as the tiny model knows it; default: question
     beside: tuple[str, Callable] | None = None             # a second grade to report: its name, (completion, example) -> [0, 1]
-    generate: Callable[[int, int, str], list] | None = None
-    lazy: Callable[[dict, random.Random], str] | None = None
+    generate: Callable[[int, int, str], list] | None = None            # number, seed, "train" or "test" -> examples
+    lazy: Callable[[dict, random.Random], str] | None = None           # example, random numbers -> what the tiny model mostly answers at first
     hub: dict | None = None                                # split -> arguments of datasets.load_dataset
+
+    def __post_init__(self):
+        for name, default in (("parts", lambda c, ex: {"correct": self.grade(c, ex)}), ("key", self.question)):
+            object.__setattr__(self, name, getattr(self, name) or default)           # frozen
 
 
 def text_row(question: str, row: dict) -> dict:
@@ -784,7 +789,7 @@ def from_hub(task: str, split: str) -> list[dict]:
         return [TASKS[task].row(row) for row in datasets.load_dataset(name, config, split=part)]
     except Exception as error:                                               # many kinds, from three libraries
         raise BadInput(f"cannot load {name} ({type(error).__name__}): without network give --data FILE, lines of JSON with "
-                       f"{TASKS[task].row.args[0]} and answer") from None
+                       f"{getattr(TASKS[task].row, 'args', ['question'])[0]} and answer") from None
 
 
 def from_file(task: str, path: str) -> list[dict]:

@@ -322,25 +322,12 @@ def collect(folders):
 
 def tables():
     """Markdown from the CSV files."""
+    import tables as pages
     for file in sorted((ROOT / "assets").glob("bench-*.csv")):
-        rows = list(csv.DictReader(open(file)))
+        rows = pages.read(file.name)
         print(f"\n{file.name}: {rows[0]['device']}, {rows[0]['versions']}\n")
-        if "exponent" in rows[0]:
-            print("| grows with | values | rollout | dual rollout | update |\n|---|---|---|---|---|")
-            for axis in dict.fromkeys(r["axis"] for r in rows):
-                mine = {r["part"]: r for r in rows if r["axis"] == axis}
-                print(f"| {axis} | {', '.join(mine['update']['values'].split())} | " + " | ".join(
-                    mine[p]["exponent"] if p in mine else "" for p in ("rollout", "dual rollout", "update")) + " |")
-            continue
-        print("| | seconds | times faster | peak memory, MB | of the plain recipe's | floor / seconds |\n|---|---|---|---|---|---|")
-        for r in rows:
-            print(f"| {r['part']}: {r['variant']} | {float(r['seconds']):.3g} | {float(r['ratio']):.3g} | {r['peak_mb']} | {r['memory_ratio']} | {r['share_of_floor']} |")
-    if (ROOT / "assets" / "cache.csv").is_file():
-        rows = list(csv.DictReader(open(ROOT / "assets" / "cache.csv")))
-        print("\n| task | cache | positions in the likelihood | weights | trained, % by seed | mean |\n|---|---|---|---|---|---|")
-        for key in dict.fromkeys((r["task"], r["cache"], r["position_term"], r["weights"]) for r in rows):
-            mine = [100 * float(r["trained"]) for r in rows if (r["task"], r["cache"], r["position_term"], r["weights"]) == key]
-            print(f"| {' | '.join(key)} | {', '.join(f'{x:.1f}' for x in mine)} | {statistics.mean(mine):.1f} |")
+        print(pages.scaling() if "exponent" in rows[0] else pages.bench(file.name))
+    print("\n" + pages.cache())
 
 
 def main():

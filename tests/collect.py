@@ -1,4 +1,4 @@
-"""Collect finished runs into the README's table, CSV and figures. Run: python tests/collect.py runs/NAME ... (writes assets/)."""
+"""Collect finished runs of the default settings into CSV and figures. Run: python tests/collect.py runs/NAME ... (writes assets/; then tests/tables.py)."""
 import csv
 import json
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval as evaluation  # noqa: E402
+import tables  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -21,16 +22,7 @@ def main(folders):
             for point in s["by_steps"]:
                 out.writerow([s["task"], s["seed"], point["steps"], point["nfe"], s["base"]["n"], point["base"], point["trained"],
                               *(s["seconds"][k] for k in ("total", "base_model", "rollout", "update", "eval")), s["peak_memory_mb"]])
-    print("| task | seed | base, % | trained, % | gain | seconds | memory, MB |\n|---|---|---|---|---|---|---|")
-    for _, s in found:
-        base, trained = (f"{100 * s[k]['solved']:.1f} ({100 * s[k]['ci95'][0]:.1f} to {100 * s[k]['ci95'][1]:.1f})" for k in ("base", "trained"))
-        print(f"| {s['task']} | {s['seed']} | {base} | {trained} | {100 * (s['trained']['solved'] - s['base']['solved']):+.1f} | "
-              f"{s['seconds']['total']:.0f} | {s['peak_memory_mb']} |")
-    print("\n| task | seed | base at all steps | trained at half | trained at a quarter |\n|---|---|---|---|---|")
-    for _, s in found:
-        full, half, quarter = s["by_steps"]
-        print(f"| {s['task']} | {s['seed']} | {100 * full['base']:.1f} % in {full['steps']} | {100 * half['trained']:.1f} % in {half['steps']} | "
-              f"{100 * quarter['trained']:.1f} % in {quarter['steps']} |")
+    print(tables.seeds(), tables.fewer_steps(), sep="\n\n")
     for task in sorted({s["task"] for _, s in found}):
         runs = [(f, s) for f, s in found if s["task"] == task]
         logs = [evaluation.read_log(f / "log.csv") for f, _ in runs]

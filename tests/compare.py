@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval as evaluation  # noqa: E402
+from tables import at, spread  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 COLOUR = {"low_confidence": "#0b62a4", "low_confidence, tokens only": "#7fb3d5", "confidence": "#d9822b", "plackett_luce": "#2e8b57",
@@ -33,24 +34,12 @@ def held_out(run: dict) -> list[tuple]:
     return [(0.0, run["base"])] + [(s, h) for _, s, _, _, h in run["points"] if h is not None]
 
 
-def at(points: list[tuple], seconds: float) -> float:
-    """Linear between measured points."""
-    for (s0, h0), (s1, h1) in zip(points, points[1:]):
-        if s0 <= seconds <= s1:
-            return h0 + (h1 - h0) * (seconds - s0) / (s1 - s0)
-    return points[-1][1]
-
-
 def reached(points: list[tuple], share: float) -> float | None:
     """Seconds until the held-out share is first reached, linear between measured points; None if never."""
     for (s0, h0), (s1, h1) in zip(points, points[1:]):
         if h1 >= share:
             return s0 + (s1 - s0) * max(0.0, (share - h0) / (h1 - h0)) if h1 > h0 else s0
     return None
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
 def main(folders):

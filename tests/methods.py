@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agrpo  # noqa: E402
 import eval as evaluation  # noqa: E402
-from compare import at, spread  # noqa: E402
+import tables  # noqa: E402
+from tables import at, spread  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 COLOUR = {"agrpo": "#0b62a4", "exact": "#7fb3d5", "dipo": "#2e8b57", "tracerl": "#8e5a2b", "diffpo": "#d9822b", "diffu-grpo": "#c0392b"}
@@ -108,19 +109,6 @@ def compare(runs: list):
                           "seconds of rollout and update, one thread (mean of seeds, band: lowest and highest)", "held out, greedy: solved, %", draw)
 
 
-def together(runs: list):
-    """One table of all: per task and model, held-out share after equal time and after equal passes."""
-    parts = sorted({run["key"][:2] for run in runs}, reverse=True)
-    limits = {part: [min(run[k][-1][0] for run in runs if run["key"][:2] == part) for k in ("seconds", "by_passes")] for part in parts}
-    print("\n| method | " + " | ".join(f"{t}, {m}: after {limits[t, m][0]:.0f} s | after {limits[t, m][1]} passes" for t, m in parts) + " |\n" + "|---" * (1 + 2 * len(parts)) + "|")
-    for method in COLOUR:
-        cells = []
-        for part in parts:
-            own = [run for run in runs if run["key"] == (*part, method)]
-            cells += [spread([100 * at(run[k], limit) for run in own]) if own else "" for k, limit in zip(("seconds", "by_passes"), limits[part])]
-        print(f"| {method} | " + " | ".join(cells) + " |")
-
-
 def frontier(folders: list, evaluations: list):
     """Accuracy against NFE: evaluations (.json of eval.py) of models at fixed bounds, and runs with a controller at their own."""
     points = []
@@ -136,14 +124,11 @@ def frontier(folders: list, evaluations: list):
         out = csv.writer(f, lineterminator="\n")
         out.writerow(["what", "bound_or_alpha", "seed", "nfe", "solved"])
         out.writerows((*p[:3], f"{p[3]:.2f}", f"{p[4]:.4f}") for p in sorted(points))
+    print("\n" + tables.controller())
     means = {}
     for name, knob in sorted({p[:2] for p in points}):
         own = [p for p in points if p[:2] == (name, knob)]
-        means.setdefault(name, []).append((statistics.mean(p[3] for p in own), 100 * statistics.mean(p[4] for p in own), knob, len(own)))
-    print("\n| what | bound or alpha | seeds | NFE | solved, % |\n|---|---|---|---|---|")
-    for name, rows in means.items():
-        for nfe, solved, knob, n in sorted(rows):
-            print(f"| {name} | {knob:g} | {n} | {nfe:.1f} | {solved:.1f} |")
+        means.setdefault(name, []).append((statistics.mean(p[3] for p in own), 100 * statistics.mean(p[4] for p in own)))
 
     def draw(axis):
         for (name, rows), colour, marker in zip(means.items(), ("#777777", "#2e8b57", "#0b62a4", "#d9822b"), "svo^"):
@@ -169,6 +154,6 @@ if __name__ == "__main__":
         paces = seconds_a_step()
         plain = [load(f, paces) for f, cfg in zip(finished, settings) if cfg.get("controller", "off") == "off" and not cfg.get("sft")]
         compare(plain)
-        together(plain)
+        print("\n" + tables.methods_pace())
         if controlled := [f for f, cfg in zip(finished, settings) if cfg.get("controller", "off") != "off"]:
             frontier(controlled, [f for f in sys.argv[1:] if f.endswith(".json")])

@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import tables
 import toy
 import torch
 from test_exact import SETTINGS, case, gradient_error
@@ -159,14 +160,7 @@ def bias_study():
                          "error_max": max(on), "tokens_only_median": statistics.median(off), "tokens_only_max": max(off)})
     write("bias.csv", rows)
     print("\nexpected gradient against autograd of the exact E[R], relative error over 8 settings x 20 denoisers")
-    lines = []
-    for unmasking in agrpo.UNMASK:
-        mine = [r for r in rows if r["unmasking"] == unmasking]
-        low, high = (f(r["tokens_only_median"] for r in mine) for f in (min, max))
-        lines.append([unmasking, f"{max(r['error_max'] for r in mine):.0e}",
-                      f"{100 * low:.0f} to {100 * high:.0f} %" if high > 1e-9 else "the same",
-                      f"{100 * max(r['tokens_only_max'] for r in mine):.0f} %" if high > 1e-9 else ""])
-    print(evaluation.table(["unmasking", "worst error", "tokens only: median by setting", "worst"], lines))
+    print(tables.bias())
     if max(r["error_max"] for r in rows) > 1e-10:
         raise SystemExit("the gradient is not exact")
 
@@ -333,15 +327,7 @@ def method_study():
     for parameters in ("shared", "free"):
         print(f"\n{parameters} parameters: expected gradient against the exact one, each at its best scale (median, worst of 10 denoisers of 4 positions, "
               "2 tokens, 4 steps), and variance of one completion x passes, relative to its own mean\n")
-        keys = [(a, u) for a in ("full attention", "block-causal") for u in ("random", "low_confidence")]
-        print("| method | passes | " + " | ".join(f"{a}, {u}: bias | variance x passes" for a, u in keys) + " |\n" + "|---" * 10 + "|")
-        for arm in ARMS:
-            mine = {(r["attention"], r["unmasking"]): r for r in rows if r["method"] == arm and r["parameters"] == parameters}
-            cells = []
-            for r in map(mine.get, keys):
-                cells += [f"{100 * r['bias_median']:.0f} % ({100 * r['bias_max']:.0f} %)" if r["bias_max"] > 1e-6 else "0",
-                          f"{r['variance_times_passes']:.0f}"] if r else ["", ""]
-            print(f"| {arm} | {mine['block-causal', 'random']['passes']:.1f} | " + " | ".join(cells) + " |")
+        print(tables.methods_gradient(parameters))
 
 
 def drawn_threshold_study():
@@ -406,10 +392,7 @@ def cache_study():
                       "bias_median": statistics.median(bias[arm]), "bias_max": max(bias[arm]), "variance_median": statistics.median(variance[arm])} for arm in arms]
     write("cache-bias.csv", rows)
     print("\nrollouts by another law: bias and variance of the gradient (relative to its length, and its square), medians of 10 table denoisers\n")
-    print("| sampler | noise on the logits (KL, nats) | " + " | ".join(f"{arm}: bias | variance" for arm in arms) + " |\n" + "|---" * 10 + "|")
-    for key in dict.fromkeys((r["unmasking"], r["noise"], r["kl_median"]) for r in rows):
-        mine = [r for r in rows if (r["unmasking"], r["noise"], r["kl_median"]) == key]
-        print(f"| {key[0]} | {key[1]} ({key[2]:.2f}) | " + " | ".join(("0" if r["bias_max"] < 1e-9 else f"{100 * r['bias_median']:.1f} %") + f" | {r['variance_median']:.0f}" for r in mine) + " |")
+    print(tables.cache_bias())
 
 
 if __name__ == "__main__":

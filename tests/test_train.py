@@ -226,6 +226,9 @@ def test_two_steps_resume_two_steps_equal_four_to_the_bit(here, quick, extra):
     assert steps == [(r["step"], r["reward"], r["grad_norm"], r["entropy"]) for r in rows_of("four")] and len(steps) == 4
     a, b = (json.loads(Path(f"runs/{n}/summary.json").read_text()) for n in ("four", "halves"))
     assert a["trained"] == b["trained"] and a["by_steps"] == b["by_steps"]
+    before = Path("runs/four/config.json").read_text()
+    assert agrpo.main(["--name", "four", "--resume", "--max-steps", "2", *extra[:2]]) == 2         # it has done more: nothing is touched
+    assert Path("runs/four/config.json").read_text() == before and len(rows_of("four")) == 4
 
 
 def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, quick, capsys):
