@@ -140,8 +140,8 @@ class Config:
     lr: float = 5e-4                   # AdamW [paper: 5e-6, LoRA]
     warmup: int = 5                    # steps of linear warm-up
     decay_steps: int = 0               # cosine decay to zero over this many steps; 0: constant
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01         # of AdamW
+    max_grad_norm: float = 1.0         # longer gradients are scaled down to it
     rollout_batch: int = 256           # completions denoised at once; this and the next two change memory, never the gradient
     tokens_per_pass: int = 12288       # prompt and completion tokens per forward and backward: as many views as fit, at least one
     gradient_checkpointing: str = "auto"   # on: a layer's activations are computed again in the backward pass; auto: if memory would not suffice
@@ -159,10 +159,10 @@ class Config:
     # the tiny base model
     base_steps: int = 1600             # SFT steps
     base_batch: int = 32               # rows per SFT step
-    base_lr: float = 3e-3
+    base_lr: float = 3e-3              # AdamW's, up for a tenth of the steps, then down to zero
     base_lazy: float = 0.6             # share of the corpus whose answers follow the lazy rule
     base_hidden: int = 64              # width; heads of 16
-    base_layers: int = 4
+    base_layers: int = 4               # of the Llama
 
 
 TASK_SHAPES = {                        # what a task needs otherwise; flags win over it
@@ -1652,7 +1652,8 @@ def train_base(cfg: Config, device: str) -> tuple[Policy, object]:
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(                                    # up for a tenth of the steps, then down to zero
         optimizer, lambda s: min(1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
-    progress = tqdm(range(cfg.base_steps), desc="base model", unit="step", mininterval=1)
+    print(f"making the tiny base model: {cfg.base_steps} steps of supervised fine-tuning, once", flush=True)
+    progress = tqdm(range(cfg.base_steps), desc="base model", unit="step", mininterval=1, disable=None)
     for step in progress:
         index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
         lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
@@ -1672,6 +1673,8 @@ def tiny_base(cfg: Config, device: str, rebuild: bool = False) -> str:
     knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith("base_")
              or k in ("task", "seed", "completion_length", "train_examples")}
     knobs |= {"block": tiny_block(cfg)} if tiny_block(cfg) else {}
+    task, some = TASKS[cfg.task], load_examples(cfg.task, 16, cfg.seed, "train")
+    knobs["corpus"] = [(prompt_for(cfg.task, ex, "bare"), task.gold(ex), task.lazy(ex, random.Random(0))) for ex in some]      # a task edited is another
     cache = Path(os.environ.get("AGRPO_CACHE", "~/.cache/agrpo")).expanduser()
     path = cache / f"{cfg.model}-{cfg.task}-{hashlib.sha256(json.dumps(knobs).encode()).hexdigest()[:12]}"
     if rebuild or not (path / "config.json").is_file():
@@ -1711,7 +1714,7 @@ def made_here(model: str) -> str:
 
 def config_for(task: str, model: str = "", preset: str = "", method: str = "agrpo", sft: str = "") -> Config:
     """The settings before flags: of the tiny models by task; of every other checkpoint the recipe, and what the GPU's memory allows."""
-    model = model or ("tiny" if TASKS[task].lazy else LLADA)
+    model = model or ("tiny" if TASKS[task].lazy and TASKS[task].generate else LLADA)
     if kind := made_here(model):
         shape = {**TASK_SHAPES.get(task, {}), "lora_rank": RECIPE["lora_rank"] * (model not in TINY and find_adapter(model) is not None)}
         sized, small = preset, {"shrink": min(TINY_SHRINK, PUBLISHED.get(method, {}).get("shrink", 1))}
@@ -1814,8 +1817,9 @@ def validate(cfg: Config, training: bool = True):
             raise BadInput(message)
 
     run_folder.check_settings(cfg, CHOICES, MAY_BE_ZERO if training else {*MAY_BE_ZERO, "temperature"})
-    need(cfg.model not in TINY or TASKS[cfg.task].lazy,
-         f"--model {cfg.model} speaks sudoku and countdown only: --task {cfg.task} needs --model DIR")
+    need(cfg.model not in TINY or TASKS[cfg.task].lazy and TASKS[cfg.task].generate,
+         f"--model {cfg.model} speaks {' and '.join(name for name, task in TASKS.items() if task.lazy and task.generate)} only (tasks with generate "
+         f"and lazy): --task {cfg.task} needs --model DIR")
     at = evaluation_config(cfg)
     for C, L, all_steps in ((cfg.completion_length, cfg.block_length, [cfg.steps] if training else []),
                             (at.completion_length, at.block_length, steps_of(cfg))):
@@ -1879,12 +1883,14 @@ def need_gpu(cfg: Config):
     local = cfg.model in TINY or Path(cfg.model).is_dir()
     if not local and len(Path(cfg.model).parts) > 1 and Path(cfg.model).parent.is_dir():
         raise BadInput(f"--model {cfg.model}: there is no such folder")
+    if not local and "/" not in cfg.model:
+        raise BadInput(f"--model {cfg.model}: no such directory, and names on the hub are owner/name")
     if device_for(cfg) != "cpu" or local and (cfg.model in TINY or parameter_count(open_checkpoint(cfg)[0].config) < SMALL) or (
             not local and cfg.device == "cpu" and cfg.model != LLADA):
         return
     raise BadInput(f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with adapters), and there is none "
-                   "here. Here runs: python agrpo.py --task sudoku (a tiny model, minutes), or --model DIR --device cpu with a checkpoint "
-                   "below 1 billion parameters (the README shows how to make one)")
+                   "here. Here runs: python agrpo.py --task sudoku (a tiny model, minutes; of your own tasks, those with generate and lazy), or "
+                   "--model DIR --device cpu with a checkpoint below 1 billion parameters (the README shows how to make one)")
 
 
 def device_for(cfg: Config) -> str:
@@ -2065,6 +2071,7 @@ def parse(argv) -> tuple[Config, dict]:
 
 def main(argv=None) -> int:
     """The command line; returns the exit code: 0 done, 1 the run failed, 2 a mistake of the caller, 130 stopped."""
+    cfg = None
     try:
         cfg, flags = parse(argv)
         if (path := flags.pop("merge")) is not None:
@@ -2088,7 +2095,8 @@ def main(argv=None) -> int:
         print(f"agrpo: {run_folder.out_of_memory(error, cfg)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was saved is intact: --resume continues", file=sys.stderr)
+        begun = cfg and (Path("runs") / cfg.name / "config.json").is_file()
+        print("interrupted; " + ("what was saved is intact: --resume continues" if begun else "nothing was begun: the same command starts again"), file=sys.stderr)
         return 130
 
 

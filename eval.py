@@ -37,7 +37,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from rewards import TASKS, BadInput, held_out, load_examples, load_split, prompt_for
+from rewards import TASKS, BadInput, grade, held_out, load_examples, load_split, prompt_for, try_task
 
 
 def wilson(solved: int, n: int, z: float = 1.96) -> list[float]:
@@ -64,7 +64,7 @@ def bootstrap(values: list, draws: int = 2000) -> list[float]:
 def grade_row(task: str, completion: str, example: dict) -> dict:
     """What is kept of a completion: itself, the answer read from it (None: there is none), its grades."""
     answer = TASKS[task].answer(completion)
-    row = {"completion": completion, "answer": None if answer is None else str(answer), "grade": TASKS[task].grade(completion, example)}
+    row = {"completion": completion, "answer": None if answer is None else str(answer), "grade": grade(task, completion, example)}
     return {**row, **({TASKS[task].beside[0]: TASKS[task].beside[1](completion, example)} if TASKS[task].beside else {})}
 
 
@@ -180,9 +180,18 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
     if other:
         raise BadInput(f"{folder} was run with {', '.join(f'{k}={saved.get(k)!r}' for k in other)}, not "
                        f"{', '.join(f'{k}={settings[k]!r}' for k in other)}")
-    done = len(read_log(folder / "log.csv", before_step=math.inf)) - 1 if resume else 0      # the last may have no checkpoint yet
+    done = steps_done(folder / "checkpoint.pt") if resume else 0
     if done > settings["max_steps"]:
-        raise BadInput(f"--max-steps {settings['max_steps']}: {folder} has done more already, --name NAME starts another run")
+        raise BadInput(f"--max-steps {settings['max_steps']}: {folder} has done {done} already, --name NAME starts another run")
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Of a run, by its checkpoint; 0 without one, or where it cannot be read, which load_checkpoint tells."""
+    import torch
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception:                                                                # many kinds
+        return 0
 
 
 def begin(folder: Path, settings: dict, overwrite: bool):
@@ -287,8 +296,11 @@ def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
     if not path.is_file():
         return []
     with open(path, newline="", errors="replace") as f:
-        return [row for row in csv.DictReader(f) if None not in row.values() and row.get("step", "").isdecimal()
-                and int(row["step"]) < before_step]
+        try:
+            return [row for row in csv.DictReader(f) if None not in row.values() and row.get("step", "").isdecimal()
+                    and int(row["step"]) < before_step]
+        except csv.Error as error:
+            raise BadInput(f"{path}: {error}") from None
 
 
 def write_log(path: Path, rows: list[dict]):
@@ -309,7 +321,7 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     samples = [f"{cfg.task}, greedy, {base[0]['steps']} denoising steps; + marks a solved one\n"]
     for ex, *pair in list(zip(heldout, base[0]["completions"], trained[0]["completions"]))[:20]:
         before, after = (f"{'+' if TASKS[cfg.task].grade(c, ex) == 1 else ' '} {c}" for c in pair)
-        samples.append(f"prompt    {''.join(prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt))}\n  base  {before}\n  after {after}\n")
+        samples.append(f"prompt    {''.join(prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt))}\n  base    {before}\n  trained {after}\n")
     write_atomically(folder / "samples.txt", lambda f: f.write("\n".join(samples).encode()))
     rows = read_log(folder / "log.csv")
     if rows:
@@ -675,6 +687,8 @@ def stored_dtype(folder: Path):
 def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str = "", weights: dict | None = None):
     """Into a new directory: an adapter as peft writes it, on `base`, or the whole checkpoint in the layout of its source: weights under the
     published names and in the stated precision, and every small file of the source as it is."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])       # embeddings were not trained
@@ -942,7 +956,7 @@ def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO")
             sampled += [(minutes, [sum(share[max(0, i - 9):i + 1]) / len(share[max(0, i - 9):i + 1]) for i in range(len(share))])] if share else []
             points = [(0.0, 100 * base["solved"])] + [(m, 100 * float(r["heldout"])) for m, r in zip(minutes[:-1], rows) if r["heldout"]]
             held.append(list(zip(*points, *[(minutes[-1], 100 * trained["solved"])] if trained else [])))
-        grid, ends = np.linspace(0, end := min(x[-1] for x, _ in held + sampled), 101), []
+        grid, ends = np.linspace(0, end := max(x[-1] for x, _ in held + sampled), 101), []         # a run that has ended stays where it is
         base = 100 * sum(b["solved"] for _, b, _ in runs) / len(runs)
         for curves, kind, text, style in ((sampled, "sampled", "sampled in training", (0, (4, 1))), (held, "trained", "held out, greedy", "-")):
             if curves:
@@ -975,7 +989,7 @@ def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % i
             label_end(axis, x[-1], y[-1], name, colour)
         axis.margins(x=0.12)
         axis.set_ylim(-0.02 * axis.get_ylim()[1])                                    # a line at 0 stays visible
-    figure(path, f"How many {task} answers are solved per denoiser call?", f"NFE: denoiser calls per completion ({band})",
+    figure(path, f"How many {task} answers are solved in how many denoiser calls?", f"NFE: denoiser calls per completion ({band})",
            "solved, %", draw)
 
 
@@ -993,15 +1007,18 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser, settings, choices: dict, only=None, recipe: dict | None = None):
     """Every field of a dataclass (or those of `only`) as a flag, its meaning the comment behind it: max_steps -> --max-steps. `recipe` holds
     the defaults of published checkpoints."""
-    meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(type(settings)), re.MULTILINE))
+    source = inspect.getsource(type(settings))
+    meaning, group, place = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.MULTILINE)), parser, {}
+    for title, name in re.findall(r"^    (?:# (.*)|(\w+): .*)$", source, re.MULTILINE):              # flags stand under their comment, as the fields
+        group = parser.add_argument_group(title) if title and not only else group
+        place[name] = group
     meaning = {k: re.sub(r" \[paper: .*\]", "", v) for k, v in meaning.items()} if only else meaning      # the paper's are for training
     for field in dataclasses.fields(settings):
         if only is None or field.name in only:
             words = f" ({', '.join(filter(None, choices[field.name]))})" if field.name in choices else ""
-            parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
-                                help=f"{meaning.get(field.name, '')}{words} [default: {getattr(settings, field.name)}"
-                                     f"{f'; checkpoints: {recipe[field.name]}' if recipe and field.name in recipe else ''}]"
-                                .replace("%", "%%"))
+            default = f" [default: {getattr(settings, field.name)}" + (f"; checkpoints: {recipe[field.name]}" if recipe and field.name in recipe else "") + "]"
+            place[field.name].add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
+                                           help=(meaning.get(field.name, "") + words + default * (default != " [default: ]")).replace("%", "%%"))
 
 
 def check_settings(settings, choices: dict, may_be_zero: set):
@@ -1246,6 +1263,7 @@ def run(args) -> int:
     if args.out:                                                                     # before a model is opened or trained
         open_completions(Path(args.out), settings, args.overwrite)
     examples = load_examples(cfg.task, args.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0), 0, "test", cfg.data)
+    try_task(cfg.task, examples[0])
     if seen := trained_on(cfg, examples):
         print(f"note: the model was trained on {seen} of these {len(examples)} examples", flush=True)
     if cfg.model not in agrpo.TINY:

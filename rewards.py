@@ -12,6 +12,7 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 import operator
 import os
 import random
@@ -26,7 +27,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from math import gcd
 from pathlib import Path
 from typing import Callable
 
@@ -446,7 +446,7 @@ def math_form(normal: str) -> tuple:
         if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", item):
             return "decimal"
         if m := re.fullmatch(r"[-+]?\\frac\{([-+]?[0-9]+)\}\{([-+]?[0-9]+)\}", item):
-            return "fraction" if gcd(int(m[1]), int(m[2])) == 1 else "unreduced"
+            return "fraction" if math.gcd(int(m[1]), int(m[2])) == 1 else "unreduced"
         if m := re.fullmatch(r"[0-9A-F]+_\{?([0-9]+)\}?", item):
             return f"base {m[1]}"
         return "word" if re.fullmatch(r"[A-Za-z]{2,}", item) else "other"
@@ -720,8 +720,35 @@ TASKS = {
 
 
 def grade(task: str, completion: str, example: dict) -> float:
-    """Grade in [0, 1]; 1 is solved. Never raises on any completion."""
-    return TASKS[task].grade(completion, example)
+    """Grade in [0, 1]; 1 is solved. Never raises on any completion, if the task's own function does not."""
+    value = TASKS[task].grade(completion, example)
+    if not 0 <= value <= 1:
+        raise BadInput(f"task {task}: a grade of {value}, it must be between 0 and 1")
+    return float(value)
+
+
+def try_task(task: str, example: dict):
+    """Raises BadInput unless the functions of a task's row work on an example, with its right answer and with an empty completion."""
+    row, name = TASKS[task], "a function"
+    try:
+        for name, words in (("question", row.question(example)), ("gold", row.gold(example)), ("bare", (row.bare or row.question)(example))):
+            if not isinstance(words, str):
+                raise TypeError(f"{words!r} is no text")
+        for completion in (row.gold(example), ""):
+            name = "grade"
+            grade(task, completion, example)
+            name = "parts"
+            parts = row.parts(completion, example)
+            if not parts or set(parts) != set(row.weights) or not all(math.isfinite(value) for value in parts.values()):
+                raise ValueError(f"{parts}, the weights are {row.weights}: a number for each")
+            name = "answer"
+            row.answer(completion)
+        name = "key"
+        hash(row.key(example))
+    except BadInput:
+        raise
+    except Exception as error:                                               # of code that is not ours
+        raise BadInput(f"task {task}: {name} does not work on {str(example)[:100]}: {type(error).__name__}: {error}") from None
 
 
 def reward_parts(task: str, completion: str, example: dict, weights: dict | None = None) -> dict:
@@ -802,7 +829,11 @@ def from_file(task: str, path: str) -> list[dict]:
             for i, row in enumerate(rows, start=1):
                 number = rows.line_num if is_csv else i
                 if is_csv or row.strip():
-                    examples.append(TASKS[task].row(row if is_csv else json.loads(row)))
+                    found = row if is_csv else json.loads(row)
+                    if not isinstance(found, dict):
+                        raise ValueError("one object a line")
+                    examples.append(TASKS[task].row(found))
+                    TASKS[task].key(examples[-1])                            # by way of the columns that it needs
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read --data {path}: {error}") from None
     except KeyError as error:
@@ -839,7 +870,12 @@ def read_pairs(path: str) -> list[dict]:
 def load_examples(task: str, n: int, seed: int, split: str, path: str = "") -> list[dict]:
     """`n` examples of a split, generated, or the first n (all if n is 0) of a file or of the published data set. Raises BadInput."""
     if not path and TASKS[task].generate:
-        return TASKS[task].generate(n, seed, split)
+        examples = list(TASKS[task].generate(n, seed, split) or [])
+        if len(examples) != n:
+            raise BadInput(f"task {task}: generate made {len(examples)} examples of {n}")
+        return examples
+    if not path and not TASKS[task].hub:
+        raise BadInput(f"--task {task} needs --data FILE")
     examples = from_file(task, path) if path else from_hub(task, split)
     return examples[:n] if n else examples
 
@@ -848,7 +884,9 @@ def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_p
     """Training and held-out examples, no statement in both: generated or published, or from files; a file without a second
     one is divided by `held_out`."""
     if not path and TASKS[task].generate:
-        return load_examples(task, n, seed, "train"), load_examples(task, n_test, 0, "test")
+        train, test = load_examples(task, n, seed, "train"), load_examples(task, n_test, 0, "test")
+        try_task(task, train[0])
+        return train, test
     if path and not test_path:
         examples = from_file(task, path)
         train, test = ([ex for ex in examples if held_out(task, ex) == side] for side in (False, True))
@@ -858,4 +896,5 @@ def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_p
         train = [ex for ex in load_examples(task, 0, 0, "train", path) if TASKS[task].key(ex) not in tested]
     if not train or not test:
         raise BadInput(f"--data {path}: too few examples to train on some and hold others out")
+    try_task(task, train[0])
     return train, test[:n_test]

@@ -1,6 +1,8 @@
-"""Collect finished runs of the default settings into CSV and figures. Run: python tests/collect.py runs/NAME ... (writes assets/; then tests/tables.py)."""
+"""Collect finished runs of the default settings into CSV and figures. Run: python tests/collect.py runs/NAME ... runs/eval-*.json (writes assets/; then
+tests/tables.py). The .json files are results of eval.py."""
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +13,30 @@ import tables  # noqa: E402
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def main(folders):
+def evaluations(paths):
+    """What eval.py measured of the tiny models and of those trained from them."""
+    rows = []
+    for path in paths:
+        data = json.loads(Path(path).read_text())
+        s = data["settings"]
+        for r in data["results"]:
+            known = {name: r.get(name, {}) for name in ("pass_at_k", "majority", "held_out")}
+            row = {"task": s["task"], "model": "tiny" if s["model"] == "tiny" else "trained", "seed": int((re.findall(r"-seed(\d+)", s["model"]) or [s["seed"]])[-1]), "data": Path(s["data"]).name,
+                   "unmasking": s["unmasking"], "temperature": s["temperature"], "steps": r["steps"], "nfe": round(r["nfe"], 2), "n": r["n"], "k": r.get("k", 1)}
+            for name, value in (("solved", r), ("pass_at_k", known["pass_at_k"]), ("majority", known["majority"])):
+                low, high = value.get("ci95", ("", ""))
+                row |= {name: value.get("solved", ""), f"{name}_low": low, f"{name}_high": high}
+            rows.append({**row, "never_trained_on": known["held_out"].get("solved", ""), "never_n": known["held_out"].get("n", "")})
+    with open(ASSETS / "evaluations.csv", "w", newline="") as f:
+        out = csv.DictWriter(f, rows[0], lineterminator="\n")
+        out.writeheader()
+        out.writerows(sorted(({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows), key=lambda row: [str(v) for v in row.values()]))
+
+
+def main(arguments):
+    if paths := [x for x in arguments if x.endswith(".json")]:
+        evaluations(paths)
+    folders = [x for x in arguments if not x.endswith(".json")]
     found = [(Path(f), json.loads((Path(f) / "summary.json").read_text())) for f in sorted(folders)]
     fields = ["task", "seed", "steps", "nfe", "n", "base", "trained", "total_seconds", "base_model_seconds", "rollout_seconds", "update_seconds",
               "eval_seconds", "peak_memory_mb"]

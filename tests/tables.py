@@ -19,7 +19,7 @@ SAMPLERS = ("low_confidence", "low_confidence, tokens only", "confidence", "plac
 
 def read(name: str) -> list[dict]:
     with open(ROOT / "assets" / name) as f:
-        return [{k: float(v) if re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?", v) else v for k, v in row.items()} for row in csv.DictReader(f)]
+        return [{k: float(v) if re.fullmatch(r"-?[0-9.]+(e[-+]?[0-9]+)?", v) else v for k, v in row.items()} for row in csv.DictReader(f)]
 
 
 def markdown(header: list, rows: list) -> str:
@@ -58,7 +58,7 @@ def results() -> str:
         lines.append([task, f"{spread([100 * r['base'] for r in own])} in {own[0]['steps']:.0f}", f"{spread([100 * r['trained'] for r in own])} in {own[0]['steps']:.0f}",
                       f"{spread(half)} in {own[0]['steps'] / 2:.0f}", f"{spread(quarter)} in {own[0]['steps'] / 4:.0f}", len(own), f"{own[0]['n']:.0f}",
                       spread([(r["rollout_seconds"] + r["update_seconds"]) / 60 for r in own]), f"`python agrpo.py --task {task} --seed SEED`"])
-    return markdown(["task", "base, % in NFE", "trained", "at half of the steps", "at a quarter", "seeds", "n each", "minutes of training", "command"], lines)
+    return markdown(["task", "base, % in NFE", "trained", "at half of the steps", "at a quarter", "seeds", "n each", "minutes of rollout and update", "command"], lines)
 
 
 def seeds() -> str:
@@ -77,6 +77,35 @@ def fewer_steps() -> str:
         full, half, quarter = groups(read("results.csv"), "task", "seed")[task, seed]
         lines.append([task, f"{seed:.0f}", f"{100 * full['base']:.1f} in {full['nfe']:.0f}", *(f"{100 * r['trained']:.1f} in {r['nfe']:.0f}" for r in (half, quarter))])
     return markdown(["task", "seed", "base, % in denoiser calls", "trained, at half", "trained, at a quarter"], lines)
+
+
+def share(row: dict, name: str = "solved") -> str:
+    """'5.8 (4.1 to 8.2)', or nothing"""
+    return f"{100 * row[name]:.1f} ({100 * row[name + '_low']:.1f} to {100 * row[name + '_high']:.1f})" if row[name] != "" else ""
+
+
+def puzzles() -> str:
+    rows = groups([r for r in read("evaluations.csv") if r["data"]], "task", "seed", "model")
+    lines = []
+    for task, seed in sorted({key[:2] for key in rows}, key=lambda key: (key[0] != "sudoku", key)):
+        (base,), (trained,) = rows[task, seed, "tiny"], rows[task, seed, "trained"]
+        lines.append([f"{base['data']}, {base['n']:.0f}", f"{seed:.0f}", share(base), share(trained),
+                      f"{100 * base['never_trained_on']:.1f}, {100 * trained['never_trained_on']:.1f} ({base['never_n']:.0f})"])
+    return markdown(["file, n", "seed", "base, %", "trained, %", "both on those in a class never trained on, % (n)"], lines)
+
+
+def adaptive() -> str:
+    rows = [r for r in read("evaluations.csv") if not r["data"] and r["k"] == 1 and r["model"] == "trained"]
+    return markdown(["`--unmasking`", "seed", "NFE", "solved, %", "n"], [[f"`{r['unmasking']}`", f"{r['seed']:.0f}", f"{r['nfe']:.1f}", share(r), f"{r['n']:.0f}"] for r in rows])
+
+
+def samples() -> str:
+    lines = []
+    for r in read("evaluations.csv"):
+        if r["k"] > 1:
+            greedy = next(x for x in first_steps(read("results.csv")) if (x["task"], x["seed"]) == (r["task"], r["seed"]))
+            lines.append([r["task"], f"{100 * greedy['base']:.1f}", share(r), share(r, "pass_at_k"), share(r, "majority")])
+    return markdown(["task", "one greedy answer, %", "one sampled", "pass@16", "majority of 16"], sorted(lines, reverse=True))
 
 
 # ---------------------------------------------------------------------------------------------------- bias and variance
@@ -119,7 +148,11 @@ def methods_gradient(parameters: str = "shared") -> str:
     return markdown(["method", "passes", *(x for a, u in kinds for x in (f"{a}, {u}: bias", "noise"))], lines)
 
 
-def methods_pace() -> str:
+def methods_time() -> str:
+    return methods_pace(kinds=(0,))
+
+
+def methods_pace(kinds: tuple = (0, 1)) -> str:
     runs = {key: [[(r[x], r["held_out"]) for r in own] for x in ("seconds", "passes")]
             for key, own in groups(read("methods.csv"), "task", "model", "method", "seed").items()}
     parts = sorted({key[:2] for key in runs}, reverse=True)
@@ -129,9 +162,9 @@ def methods_pace() -> str:
         cells = []
         for part in parts:
             own = [run for key, run in runs.items() if key[:3] == (*part, method)]
-            cells += [spread([100 * at(run[k], limits[part][k]) for run in own]) if own else "" for k in (0, 1)]
+            cells += [spread([100 * at(run[k], limits[part][k]) for run in own]) if own else "" for k in kinds]
         lines.append([method, *cells])
-    return markdown(["method", *(x for t, m in parts for x in (f"{t}, {m}: after {limits[t, m][0]:.0f} s", f"after {limits[t, m][1]:.0f} passes"))], lines)
+    return markdown(["method", *(x for t, m in parts for x in [f"{t}, {m}: after {limits[t, m][0]:.0f} s", f"after {limits[t, m][1]:.0f} passes"][:len(kinds)])], lines)
 
 
 def samplers() -> str:
@@ -183,11 +216,14 @@ def cache() -> str:
     return markdown(["rollouts", "in the likelihood", "weights", "trained, %, by seed", "mean"], lines)
 
 
-TABLES = {f.__name__: f for f in (results, seeds, fewer_steps, bias, variance, methods_gradient, methods_pace, samplers, controller, bench, scaling, cache_bias, cache)}
+TABLES = {f.__name__: f for f in (results, seeds, fewer_steps, puzzles, adaptive, samples, bias, variance, methods_gradient, methods_time, methods_pace, samplers, controller, bench, scaling, cache_bias, cache)}
 
 
 def filled(text: str) -> str:
-    """A page with its tables made anew."""
+    """A page with its tables made anew. Raises ValueError for a marker without its other half, or of no table."""
+    marks = re.findall(r"<!--\s*(/?\s*\S+)\s*-->", text)
+    if marks != [mark for name in marks[::2] for mark in (name, "/" + name)] or not set(marks[::2]) <= set(TABLES):
+        raise ValueError(f"markers are <!-- NAME --> and <!-- /NAME -->, NAME one of {', '.join(TABLES)}; here are {marks}")
     return re.sub(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[3]}", text, flags=re.DOTALL)
 
 

@@ -1,5 +1,6 @@
 """Protects the README: its recipes run, its tables are those of assets/*.csv, what it names exists. Run: pytest tests/test_readme.py"""
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 import agrpo
 import eval as evaluation
+import rewards
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,12 +24,21 @@ RECIPES = {re.match(r"# (\w+)\.py", block)[1]: block for block in re.findall(r"`
 @pytest.mark.parametrize("page", tables.PAGES, ids=["README", "assets"])
 def test_tables_are_those_of_the_csv_files(page):
     text = page.read_text()
-    assert re.findall(r"<!-- (\w+) -->", text) and tables.filled(text) == text, "python tests/tables.py makes them anew"
+    assert tables.filled(text) == text, "python tests/tables.py makes them anew"
+    assert not re.search(r"\b[A-Z]+_[A-Z]+\b", re.sub(r"AGRPO_CACHE|OMP_NUM_THREADS|TASK_SHAPES", "", text)), "a placeholder"
+
+
+def test_every_table_stands_somewhere_and_markers_come_in_pairs():
+    assert {name for page in tables.PAGES for name in re.findall(r"<!-- (\w+) -->", page.read_text())} == set(tables.TABLES)
+    for broken in ("<!-- bias -->\n", "<!-- bias -->\n<!-- /bais -->", "<!-- nothing -->\n<!-- /nothing -->", "<!--bias-->\n<!-- bias -->\n<!-- /bias -->",
+                   "<!-- bias -->\n<!-- seeds -->\n<!-- /seeds -->\n<!-- /bias -->"):
+        with pytest.raises(ValueError):
+            tables.filled(broken)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_short_and_runs(name, here, quick):
-    assert len(RECIPES[name].splitlines()) <= 20
+    assert len(RECIPES[name].splitlines()) < 20
     (here / f"{name}.py").write_text(RECIPES[name])
     shape = ["--completion-length", "8", "--block-length", "8", "--steps", "4"] if name == "sort_digits" else []
     done = subprocess.run([sys.executable, f"{name}.py", *quick, *shape, "--max-steps", "2"], capture_output=True, text=True,
@@ -35,7 +46,10 @@ def test_a_recipe_is_short_and_runs(name, here, quick):
     assert done.returncode == 0, done.stderr
     assert "2 training steps" in done.stdout
     folder, = Path("runs").iterdir()
-    assert len(evaluation.read_log(folder / "log.csv")) == 2
+    rows = evaluation.read_log(folder / "log.csv")
+    assert len(rows) == 2
+    told = README.split("## The log")[1].split("\n## ")[0]                            # every column is told of
+    assert not [column for column in rows[0] if not re.search(rf"\b{'reward_PART' if column.startswith('reward_') else column}\b", told)]
 
 
 def test_recipes_are_a_task_and_a_method():
@@ -70,6 +84,38 @@ def test_the_recipe_of_a_method_is_unbiased(monkeypatch):
         loss, _ = agrpo.policy_loss(policy, traj, views, adv, cfg)
         ours = ours - torch.autograd.grad(loss, policy.table)[0] * len(found) * cfg.steps / 2
     assert starts == {2} and float((ours - exact).norm() / exact.norm()) < 1e-12
+
+
+WORKS = {"question": lambda ex: ex["digits"], "gold": lambda ex: ex["digits"], "grade": lambda text, ex: float(text == ex["digits"]),
+         "generate": lambda n, seed, split: [{"digits": f"{i:04}" + split[:1]} for i in range(n)], "lazy": lambda ex, rng: "0"}
+
+
+@pytest.mark.parametrize("change", [
+    {"grade": lambda text, ex: 2.0}, {"grade": lambda text, ex: math.nan}, {"grade": lambda text, ex: None}, {"grade": lambda text, ex: 1 / 0},
+    {"parts": lambda text, ex: {"other": 1.0}}, {"parts": lambda text, ex: {}}, {"weights": {"correct": 3, "absent": 1}}, {"question": lambda ex: 7},
+    {"gold": lambda ex: None}, {"key": lambda ex: []}, {"generate": lambda n, seed, split: []}, {"generate": lambda n, seed, split: None},
+    {"generate": None}, {"lazy": None}, {"answer": lambda text: text[100]}], ids=lambda change: "-".join(change))
+def test_a_task_that_cannot_work_is_one_line(change, here, quick, capsys, monkeypatch):
+    monkeypatch.setitem(rewards.TASKS, "mine", rewards.Task(**WORKS | change))
+    for model in ([], ["--model", "tiny"]):
+        assert agrpo.main([*quick, "--task", "mine", *model, "--max-steps", "1"]) == 2
+        text = capsys.readouterr().err
+        assert "mine" in text and text.count("\n") == 1, text
+    assert not Path("runs").exists()
+
+
+def test_a_task_with_the_least_runs_and_its_base_model_is_its_own(here, quick, capsys, monkeypatch):
+    flags, made = [*quick, "--task", "mine", "--completion-length", "8", "--block-length", "8", "--steps", "4", "--max-steps", "1"], "making the tiny base model"
+    monkeypatch.setitem(rewards.TASKS, "mine", rewards.Task(**WORKS))
+    assert agrpo.main([*flags, "--name", "a"]) == 0 and made in capsys.readouterr().out
+    assert agrpo.main([*flags, "--name", "b"]) == 0 and made not in capsys.readouterr().out
+    monkeypatch.setitem(rewards.TASKS, "mine", rewards.Task(**WORKS | {"lazy": lambda ex, rng: "1"}))
+    assert agrpo.main([*flags, "--name", "c"]) == 0 and made in capsys.readouterr().out          # edited: another base model
+    assert evaluation.main(["--model", "runs/c", "--task", "mine", "--steps", "4", "--limit", "4", "--device", "cpu"]) == 0
+    Path("bad.jsonl").write_text('{"digits": "1234"}\n{"digit": "1"}\n')
+    Path("worse.jsonl").write_text('{"digits": "1234"}\n["digits"]\n')
+    for name in ("bad", "worse"):
+        assert agrpo.main([*flags, "--name", "d", "--data", f"{name}.jsonl"]) == 2 and f"{name}.jsonl:2" in capsys.readouterr().err
 
 
 def test_functions_and_sections_of_the_map_exist():
