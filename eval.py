@@ -947,6 +947,7 @@ def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO")
     """Solved share against training minutes; runs: (rows of log.csv, base, trained or None), one per seed: their mean, and a band from the
     lowest to the highest. Completions sampled in training (mean of ten steps) and held-out ones decoded greedily."""
     def draw(axis):
+        """Means, bands, labels."""
         sampled, held = [], []                                                       # of each run: minutes, %
         for rows, base, trained in runs:
             minutes = np.cumsum([float(row["rollout_seconds"]) + float(row["update_seconds"]) for row in rows]) / 60
@@ -980,6 +981,7 @@ def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO")
 def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % interval"):
     """Solved share against denoiser calls per completion: {name: [result, ...]}, one line each with its band."""
     def draw(axis):
+        """A line a curve."""
         for place, (name, results) in enumerate(curves.items()):
             results = sorted(results, key=lambda r: r["nfe"])
             x, y = [r["nfe"] for r in results], [100 * r["solved"] for r in results]

@@ -216,6 +216,7 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
     tokens, numbers = re.findall(r"[0-9]+|\S", text)[::-1], []               # a stack, and what is on its way to the value
 
     def atom():
+        """A number, a negated one, or what stands in parentheses."""
         token = tokens.pop()
         if token == "-":
             return -atom()
@@ -299,7 +300,8 @@ def countdown_solve(nums: list, target: int) -> str | None:
             if order[0] + sum(s * n for s, n in zip(signs, order[1:])) == target:
                 return str(order[0]) + "".join(f"{'+' if s > 0 else '-'}{n}" for s, n in zip(signs, order[1:]))
 
-    def search(pool):                            # of (text, value): merge any two until one is left
+    def search(pool):
+        """Pairs of (text, value): merges any two until one is left; its text if its value is the target, else None."""
         if len(pool) == 1:
             return pool[0][0] if pool[0][1] == target else None
         for (i, (a, x)), (j, (b, y)) in itertools.permutations(enumerate(pool), 2):
