@@ -1714,7 +1714,7 @@ def made_here(model: str) -> str:
 
 def config_for(task: str, model: str = "", preset: str = "", method: str = "agrpo", sft: str = "") -> Config:
     """The settings before flags: of the tiny models by task; of every other checkpoint the recipe, and what the GPU's memory allows."""
-    model = model or ("tiny" if TASKS[task].lazy and TASKS[task].generate else LLADA)
+    model = model or ("tiny" if TASKS[task].speaks_tiny else LLADA)
     if kind := made_here(model):
         shape = {**TASK_SHAPES.get(task, {}), "lora_rank": RECIPE["lora_rank"] * (model not in TINY and find_adapter(model) is not None)}
         sized, small = preset, {"shrink": min(TINY_SHRINK, PUBLISHED.get(method, {}).get("shrink", 1))}
@@ -1817,8 +1817,8 @@ def validate(cfg: Config, training: bool = True):
             raise BadInput(message)
 
     run_folder.check_settings(cfg, CHOICES, MAY_BE_ZERO if training else {*MAY_BE_ZERO, "temperature"})
-    need(cfg.model not in TINY or TASKS[cfg.task].lazy and TASKS[cfg.task].generate,
-         f"--model {cfg.model} speaks {' and '.join(name for name, task in TASKS.items() if task.lazy and task.generate)} only (tasks with generate "
+    need(cfg.model not in TINY or TASKS[cfg.task].speaks_tiny,
+         f"--model {cfg.model} speaks {' and '.join(name for name, task in TASKS.items() if task.speaks_tiny)} only (tasks with generate "
          f"and lazy): --task {cfg.task} needs --model DIR")
     at = evaluation_config(cfg)
     for C, L, all_steps in ((cfg.completion_length, cfg.block_length, [cfg.steps] if training else []),
@@ -2100,7 +2100,8 @@ def main(argv=None) -> int:
         return 130
 
 
-# what `python -m pydoc agrpo` shows: all that is defined here but torch's own kinds of class, whose pages (agrpo.Policy, agrpo.ValueModel) are mostly torch's
+# what `python -m pydoc agrpo` shows: all that is defined here but torch's own kinds of class, whose pages (agrpo.Policy,
+# agrpo.ValueModel) are mostly torch's
 __all__ = [name for name, thing in list(globals().items()) if getattr(thing, "__module__", "") == __name__
            and not (isinstance(thing, type) and issubclass(thing, (torch.nn.Module, torch.autograd.Function)))]
 

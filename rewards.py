@@ -674,6 +674,11 @@ class Task:
     lazy: Callable[[dict, random.Random], str] | None = None           # example, random numbers -> what the tiny model mostly answers at first
     hub: dict | None = None                                # split -> arguments of datasets.load_dataset
 
+    @property
+    def speaks_tiny(self) -> bool:
+        """Whether a tiny base model can be made for it."""
+        return bool(self.generate and self.lazy)
+
     def __post_init__(self):
         for name, default in (("parts", lambda c, ex: {"correct": self.grade(c, ex)}), ("key", self.question)):
             object.__setattr__(self, name, getattr(self, name) or default)           # frozen

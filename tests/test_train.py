@@ -229,6 +229,8 @@ def test_two_steps_resume_two_steps_equal_four_to_the_bit(here, quick, extra):
     before = Path("runs/four/config.json").read_text()
     assert agrpo.main(["--name", "four", "--resume", "--max-steps", "2", *extra[:2]]) == 2         # it has done more: nothing is touched
     assert Path("runs/four/config.json").read_text() == before and len(rows_of("four")) == 4
+    Path("runs/four/log.csv").unlink()                                               # the checkpoint says so, not the log
+    assert agrpo.main(["--name", "four", "--resume", "--max-steps", "3", *extra[:2]]) == 2
 
 
 def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, quick, capsys):
