@@ -153,29 +153,37 @@ def forward(weights, config, ids, block=0):
 
 
 def teach(folder, data, steps=400, length=32, seed=0):
-    """SFT on GSM8K's questions: one answer in two is in the asked format, the rest is bare; the number is mostly wrong. Leaves a model whose
-    format reward has somewhere to go. Written back in the layout it came in."""
-    import agrpo
-    from rewards import load_examples, prompt_for
-    cfg = agrpo.Config(task="gsm8k", model=str(folder), lr=2e-3)
-    policy, tokenizer = agrpo.load_policy(str(folder), "cpu", cfg, train=True)
-    examples, g = load_examples("gsm8k", 0, seed, "train", data), torch.Generator().manual_seed(seed)
+    """SFT on GSM8K's questions: one answer in two is in the asked format, the rest is bare; the
+    number is mostly wrong. Leaves a model whose format reward has somewhere to go. Written back in
+    the layout it came in."""
+    from methods.models import Settings, open_policy
+    from methods.sft import sft_loss
+    from rewards import prompt_for
+    from support.checkpoints import encode_prompts, save_weights
+    from support.data import load_examples
+    cfg = Settings(task="gsm8k", model=str(folder), lr=2e-3, device="cpu")
+    policy, tokenizer = open_policy(cfg, train=True)
+    examples = load_examples("gsm8k", 0, seed, "train", data)
+    g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=2e-3)
     for step in range(steps):
-        chosen, answers = [examples[i] for i in torch.randint(len(examples), (16,), generator=g)], torch.full((16, length), policy.eos_id)
+        chosen = [examples[i] for i in torch.randint(len(examples), (16,), generator=g)]
+        answers = torch.full((16, length), policy.eos_id)
         for row, example in enumerate(chosen):
             number = example["answer"].split()[-1]
-            text = f"<think>\nso\n</think>\n<answer>\\boxed{{{number}}}</answer>" if torch.rand((), generator=g) < 0.5 else f"so {number}"
+            asked = f"<think>\nso\n</think>\n<answer>\\boxed{{{number}}}</answer>"
+            text = asked if torch.rand((), generator=g) < 0.5 else f"so {number}"
             ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.turn_id]
             answers[row, :len(ids)] = torch.tensor(ids)[:length]
-        prompt, mask = agrpo.encode_prompts(tokenizer, [prompt_for("gsm8k", ex, "agrpo") for ex in chosen])
-        loss = agrpo.sft_loss(policy, prompt, mask, answers, g)
+        prompt, mask = encode_prompts(tokenizer, [prompt_for("gsm8k", ex, "agrpo")
+                                                  for ex in chosen])
+        loss = sft_loss(policy, prompt, mask, answers, g)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
             print(f"SFT step {step}: loss {float(loss.detach()):.3f}", flush=True)
-    agrpo.save_weights(policy.model, tokenizer, Path(f"{folder}.taught"), policy.source)
+    save_weights(policy.model, tokenizer, Path(f"{folder}.taught"), policy.source)
     shutil.rmtree(folder)
     Path(f"{folder}.taught").rename(folder)
 

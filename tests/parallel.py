@@ -1,5 +1,6 @@
 """One training step, its gradient saved by the first process. Started by tests/test_parallel.py, alone or by torchrun:
-python tests/parallel.py MODEL_DIR OUT.pt lora|full|fsdp|value|controller|sft PROMPTS"""
+python tests/parallel.py MODEL_DIR OUT.pt lora|full|value|controller|sft PROMPTS"""
+
 import dataclasses
 import gc
 import sys
@@ -9,51 +10,95 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agrpo  # noqa: E402
+from methods import diffpo, models, scored, sft, tracerl  # noqa: E402
 from rewards import TASKS  # noqa: E402
 
 
 def main(model, out, kind, prompts):
     import os
+
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         import accelerate
+
         accelerate.PartialState(cpu=True)
     torch.set_num_threads(1)
-    cfg = agrpo.Config(task="countdown", model=model, prompt="bare", device="cpu", prompts=int(prompts), completions=4, completion_length=12, block_length=4,
-                       steps=6, mc_steps=2, unmasking="low_confidence", lora_rank=4 if kind in ("lora", "value") else 0, tokens_per_pass=80, rollout_batch=5,
-                       max_grad_norm=1e9, gradient_checkpointing="on")
-    more = {"value": {"method": "tracerl", "value_model": "on", "kl": 0.1, "inner_epochs": 2, "position_term": "off"},
-            "controller": {"controller": "threshold", "threshold": 0.03, "unmasking": "threshold", "steps": 12, "dynamic_sampling": 2, "position_term": "off"},
-            "sft": {"sft": "gold", "tokens_per_pass": 60}}
+    cfg = models.Settings(
+        task="countdown",
+        model=model,
+        prompt="bare",
+        device="cpu",
+        prompts=int(prompts),
+        completions=4,
+        completion_length=12,
+        block_length=4,
+        steps=6,
+        mc_steps=2,
+        unmasking="low_confidence",
+        lora_rank=4 if kind in ("lora", "value") else 0,
+        tokens_per_pass=80,
+        rollout_batch=5,
+        max_grad_norm=1e9,
+        gradient_checkpointing="on",
+    )
+    more = {
+        "value": {
+            "method": "tracerl",
+            "value_model": "on",
+            "kl": 0.1,
+            "inner_epochs": 2,
+            "position_term": "off",
+            "shrink": 1,
+        },
+        "controller": {
+            "controller": "threshold",
+            "threshold": 0.03,
+            "unmasking": "threshold",
+            "steps": 12,
+            "position_term": "off",
+        },
+        "sft": {"sft": "gold", "tokens_per_pass": 60},
+    }
     cfg = dataclasses.replace(cfg, **more.get(kind, {}))
-    policy, tokenizer = agrpo.load_policy(model, "cpu", cfg, train=True)
+    policy, tokenizer = models.open_policy(cfg, train=True)
     policy.double()
     if kind == "value":
-        agrpo.keep_reference(policy)
-        policy.value = agrpo.ValueModel(policy, cfg).double()
+        scored.keep_reference(policy)
+        policy.value = tracerl.ValueModel(policy, cfg).double()
         torch.nn.init.constant_(policy.value.head.weight, 0.1)
-    if cfg.lora_rank:                                               # B is zero at first, and A would get no gradient
+    if cfg.lora_rank:  # B is zero at first, and A would get no gradient
         for i, (name, p) in enumerate(sorted(policy.named_parameters())):
             if "lora_B" in name:
                 p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
-    if kind == "fsdp":
-        agrpo.shard(policy)
-    agrpo.reward_parts = lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)}
+    models.reward_parts = lambda task, text, ex, weights: {
+        "correct": float(sum(map(ord, text)) % 7)
+    }
     trained, grads = [(n, p) for n, p in policy.named_parameters() if p.requires_grad], {}
 
     class Watched(torch.optim.SGD):
         def step(self, closure=None):
-            grads.update({name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone() for name, p in trained})
+            grads.update({name: p.grad.clone() for name, p in trained})
             return super().step(closure)
 
-    optimizer = Watched([p for _, p in trained], lr=0.1)
+    optimizer = Watched([{"params": [p for _, p in trained], "scale": 1.0}], lr=0.1)
     examples = TASKS["countdown"].generate(8, 0, "train")
     if kind == "sft":
-        row = agrpo.sft_step(policy, tokenizer, optimizer, agrpo.sft_examples(tokenizer, cfg, examples, 4096, policy.mask_id), 0, cfg)
+        rows = sft.sft_examples(tokenizer, cfg, examples, 4096, policy.mask_id)
+        row = sft.step_with(tokenizer)(policy, optimizer, rows, 0, cfg)
     else:
-        row = agrpo.train_step(policy, tokenizer, optimizer, examples, 0, cfg)
-    after = agrpo.run_folder.whole({name: p.data for name, p in trained})
+        step = {"value": tracerl.train_step, "controller": diffpo.controller_step}.get(
+            kind, agrpo.train_step
+        )
+        row = step(policy, optimizer, examples, 0, cfg, models.sampler(tokenizer, cfg))
+    after = {name: p.data for name, p in trained}
     if agrpo.processes()[0] == 0:
-        torch.save({"grads": grads, "after": after, "row": {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k}}, out)
+        torch.save(
+            {
+                "grads": grads,
+                "after": after,
+                "row": {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k},
+            },
+            out,
+        )
     if agrpo.processes()[1] > 1:
         del policy, optimizer, trained, grads, after
         gc.collect()

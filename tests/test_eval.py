@@ -1,36 +1,53 @@
 """Protects the evaluation: its numbers against counts by hand, its file of completions (kept, continued, graded again), its command line.
 Run: pytest tests/test_eval.py"""
+
 import json
 import math
+import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import agrpo
 import eval as evaluation
+from methods import models
+from support import completions, data, options, runs
+from tools import Settings, load, save
 
 TINY = ["--model", "tiny", "--task", "sudoku", "--device", "cpu"]
 EXAMPLES = [{"question": f"{i}", "answer": f"#### {i}"} for i in range(4)]
-SAID = {(0, 0): "0", (0, 1): "0", (0, 2): "9",            # right by majority
-        (1, 0): "7", (1, 1): "1", (1, 2): "7",            # wrong by majority, right once
-        (2, 0): "3", (2, 1): "2", (2, 2): "none",         # a tie: the first said, wrong
-        (3, 0): "none", (3, 1): "none", (3, 2): "none"}   # no answer at all
+SAID = {
+    (0, 0): "0",
+    (0, 1): "0",
+    (0, 2): "9",  # right by majority
+    (1, 0): "7",
+    (1, 1): "1",
+    (1, 2): "7",  # wrong by majority, right once
+    (2, 0): "3",
+    (2, 1): "2",
+    (2, 2): "none",  # a tie: the first said, wrong
+    (3, 0): "none",
+    (3, 1): "none",
+    (3, 2): "none",
+}  # no answer at all
 
 
 def said(examples, keys):
     """A model that says what SAID holds, of 3 tokens in 2 calls."""
-    return SimpleNamespace(nfe=torch.full((len(keys),), 2), length=torch.full((len(keys),), 3)), [SAID[key] for key in keys]
+    return [SAID[key] for key in keys], [2] * len(keys), [3] * len(keys)
 
 
 @pytest.fixture
 def tiny(here, quick, monkeypatch):
     """A cached tiny base of a few steps under the default flags of eval.py."""
-    config_for = agrpo.config_for
-    monkeypatch.setattr(agrpo, "config_for", lambda *which: agrpo.dataclasses.replace(
-        config_for(*which), base_steps=4, base_batch=4, train_examples=32))
+    before = options.before_flags
+    monkeypatch.setattr(
+        options,
+        "before_flags",
+        lambda *given: before(*given) | {"base_steps": 4, "base_batch": 4, "train_examples": 32},
+    )
     return here
 
 
@@ -47,11 +64,17 @@ def test_pass_at_k_majority_and_shares_by_hand():
         result = evaluation.evaluate(said, "gsm8k", EXAMPLES, batch, samples=3)
         assert result["n"] == 12 and result["k"] == 3 and result["solved"] == 4 / 12
         assert result["pass_at_k"]["solved"] == 3 / 4 and result["majority"]["solved"] == 1 / 4
-        assert result["nfe"] == 2 and result["tokens_per_nfe"] == 1.5 and result["completions"][:3] == ["0", "0", "9"]
+        assert (
+            result["nfe"] == 2
+            and result["tokens_per_nfe"] == 1.5
+            and result["completions"][:3] == ["0", "0", "9"]
+        )
         assert result["pass_at_k"]["ci95"] == evaluation.wilson(3, 4)
         assert result["ci95"] == evaluation.bootstrap([2 / 3, 1 / 3, 1 / 3, 0])
     one = evaluation.evaluate(said, "gsm8k", EXAMPLES)
-    assert one["solved"] == 1 / 4 and one["ci95"] == evaluation.wilson(1, 4) and "majority" not in one
+    assert (
+        one["solved"] == 1 / 4 and one["ci95"] == evaluation.wilson(1, 4) and "majority" not in one
+    )
 
 
 def test_intervals_hold_what_they_promise():
@@ -60,7 +83,9 @@ def test_intervals_hold_what_they_promise():
         assert abs(end - 0.3) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 100), rel=1e-9)
     values = [0.0] * 280 + [1.0] * 120
     low, high = evaluation.bootstrap(values)
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.3 * 0.7 / 400), rel=0.1) and low < 0.3 < high
+    assert (high - low) / 2 == pytest.approx(
+        1.96 * math.sqrt(0.3 * 0.7 / 400), rel=0.1
+    ) and low < 0.3 < high
 
 
 def test_a_killed_evaluation_continues_and_ends_the_same(tiny, capsys):
@@ -68,35 +93,61 @@ def test_a_killed_evaluation_continues_and_ends_the_same(tiny, capsys):
     assert evaluation.main([*flags, "--out", "whole.jsonl"]) == 0
     whole, table = Path("whole.jsonl").read_text(), capsys.readouterr().out
     assert len(lines("whole.jsonl")) == 1 + 20 and Path("whole.png").is_file()
-    for keep in (0, 5, 50, whole.index("\n") + 1, len(whole) // 3, len(whole) - 3, len(whole) - 2, len(whole) - 1, len(whole)):    # bytes that a kill left
+    for keep in (
+        0,
+        5,
+        50,
+        whole.index("\n") + 1,
+        len(whole) // 3,
+        len(whole) - 3,
+        len(whole) - 2,
+        len(whole) - 1,
+        len(whole),
+    ):  # bytes that a kill left
         Path("part.jsonl").write_text(whole[:keep])
         assert evaluation.main([*flags, "--out", "part.jsonl"]) == 0
         assert without_seconds("part.jsonl") == without_seconds("whole.jsonl")
-        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(Path("part.json").read_text())["results"]]
-        assert rows == [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(Path("whole.json").read_text())["results"]]
+        rows = [
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in json.loads(Path("part.json").read_text())["results"]
+        ]
+        assert rows == [
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in json.loads(Path("whole.json").read_text())["results"]
+        ]
     assert "NFE" in table and "cells" in table
 
 
 def test_a_second_call_makes_only_what_is_missing(tiny, monkeypatch):
     assert evaluation.main([*TINY, "--limit", "6", "--steps", "8", "--out", "e.jsonl"]) == 0
-    before, generate, calls = Path("e.jsonl").read_text(), agrpo.generate, []
-    monkeypatch.setattr(agrpo, "generate", lambda *a, **rest: calls.append((a[2].completion_length, a[2].steps)) or generate(*a, **rest))
-    assert evaluation.main([*TINY, "--limit", "6", "--steps", "8,4", "--lengths", "16,32", "--out", "e.jsonl"]) == 0
+    before, generate, calls = Path("e.jsonl").read_text(), evaluation.generate, []
+    monkeypatch.setattr(
+        evaluation,
+        "generate",
+        lambda *a: calls.append((a[4].completion_length, a[4].steps)) or generate(*a),
+    )
+    assert (
+        evaluation.main(
+            [*TINY, "--limit", "6", "--steps", "8,4", "--lengths", "16,32", "--out", "e.jsonl"]
+        )
+        == 0
+    )
     assert calls == [(16, 4), (32, 8), (32, 4)] and Path("e.jsonl").read_text().startswith(before)
     shapes = [(r["length"], r["steps"]) for r in json.loads(Path("e.json").read_text())["results"]]
     assert shapes == [(16, 8), (16, 4), (32, 8), (32, 4)]
 
 
 def test_stopped_by_hand_it_keeps_what_is_done(tiny, monkeypatch, capsys):
-    generate, calls = agrpo.generate, []
+    generate, calls = evaluation.generate, []
 
     def stop_at_the_third(*a):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return generate(*a)
+
     flags = [*TINY, "--limit", "6", "--steps", "4", "--batch", "2", "--out", "e.jsonl"]
-    monkeypatch.setattr(agrpo, "generate", stop_at_the_third)
+    monkeypatch.setattr(evaluation, "generate", stop_at_the_third)
     assert evaluation.main(flags) == 130 and len(lines("e.jsonl")) == 1 + 4
     assert "continues" in capsys.readouterr().err
     assert evaluation.main(flags) == 0 and len(lines("e.jsonl")) == 1 + 6 and len(calls) == 4
@@ -106,20 +157,40 @@ def test_other_settings_weights_or_examples_are_never_mixed(tiny, capsys):
     assert evaluation.main([*TINY, "--limit", "4", "--steps", "4"]) == 0
     assert evaluation.main([*TINY, "--limit", "4", "--steps", "4", "--unmasking", "random"]) == 0
     assert evaluation.main([*TINY, "--limit", "4", "--steps", "4", "--seed", "1"]) == 0
-    assert len(list(Path("runs").glob("eval-sudoku-tiny-*.jsonl"))) == 3                    # a file each
+    assert len(list(Path("runs").glob("eval-sudoku-tiny-*.jsonl"))) == 3  # a file each
     assert evaluation.main([*TINY, "--limit", "4", "--steps", "4", "--out", "e.jsonl"]) == 0
     before = Path("e.jsonl").read_bytes()
     capsys.readouterr()
-    assert evaluation.main([*TINY, "--limit", "4", "--steps", "4", "--out", "e.jsonl", "--temperature", "1"]) == 2
+    assert (
+        evaluation.main(
+            [*TINY, "--limit", "4", "--steps", "4", "--out", "e.jsonl", "--temperature", "1"]
+        )
+        == 2
+    )
     assert "temperature" in capsys.readouterr().err and Path("e.jsonl").read_bytes() == before
     Path("x.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
     assert evaluation.main([*TINY, "--data", "x.csv", "--steps", "4", "--out", "f.jsonl"]) == 0
-    Path("x.csv").write_text("Puzzle,Solution\n3142200002100320,3142243142131324\n")       # the file changed under its name
+    Path("x.csv").write_text(
+        "Puzzle,Solution\n3142200002100320,3142243142131324\n"
+    )  # the file changed under its name
     assert evaluation.main([*TINY, "--data", "x.csv", "--steps", "4", "--out", "f.jsonl"]) == 2
-    assert evaluation.main([*TINY, "--data", "x.csv", "--steps", "4", "--out", "f.jsonl", "--overwrite"]) == 0
-    assert lines("f.jsonl")[1]["example"]["puzzle"] == "3142200002100320" and len(lines("f.jsonl")) == 2
+    assert (
+        evaluation.main(
+            [*TINY, "--data", "x.csv", "--steps", "4", "--out", "f.jsonl", "--overwrite"]
+        )
+        == 0
+    )
+    assert (
+        lines("f.jsonl")[1]["example"]["puzzle"] == "3142200002100320"
+        and len(lines("f.jsonl")) == 2
+    )
     Path("notes.jsonl").write_text('{"mine": 1}\n')
-    assert evaluation.main([*TINY, "--limit", "4", "--steps", "4", "--out", "notes.jsonl", "--overwrite"]) == 2
+    assert (
+        evaluation.main(
+            [*TINY, "--limit", "4", "--steps", "4", "--out", "notes.jsonl", "--overwrite"]
+        )
+        == 2
+    )
     assert Path("notes.jsonl").read_text() == '{"mine": 1}\n'
 
 
@@ -128,28 +199,48 @@ def test_other_weights_under_the_same_path_are_not_mixed(here, quick, capsys):
     flags = ["--model", "runs/m", "--limit", "4", "--steps", "4"]
     assert evaluation.main(flags) == 0 and evaluation.main([*flags, "--out", "e.jsonl"]) == 0
     before = Path("e.jsonl").read_bytes()
-    policy, tokenizer = agrpo.load_policy("runs/m/model", "cpu")
+    policy, tokenizer = load("runs/m/model")
     with torch.no_grad():
-        policy.model.get_output_embeddings().weight[0, 40] += 1                             # one number, among the first of its parameter
-    agrpo.save_model(policy, tokenizer, Path("runs/m/model"), agrpo.Config(**json.loads(Path("runs/m/config.json").read_text())))
+        policy.model.get_output_embeddings().weight[0, 40] += (
+            1  # one number, among the first of its parameter
+        )
+    save(
+        policy,
+        tokenizer,
+        Path("runs/m/model"),
+        Settings(**json.loads(Path("runs/m/config.json").read_text())),
+    )
     capsys.readouterr()
-    assert evaluation.main([*flags, "--out", "e.jsonl"]) == 2 and "weights" in capsys.readouterr().err and Path("e.jsonl").read_bytes() == before
-    assert evaluation.main(flags) == 0 and len(list(Path("runs").glob("eval-sudoku-m-*.jsonl"))) == 2
+    assert (
+        evaluation.main([*flags, "--out", "e.jsonl"]) == 2
+        and "weights" in capsys.readouterr().err
+        and Path("e.jsonl").read_bytes() == before
+    )
+    assert (
+        evaluation.main(flags) == 0 and len(list(Path("runs").glob("eval-sudoku-m-*.jsonl"))) == 2
+    )
 
 
 def test_two_evaluations_do_not_write_one_file(tiny, capsys):
     flags = [*TINY, "--limit", "2", "--steps", "4", "--out", "e.jsonl"]
     with open("e.jsonl", "a") as f:
-        evaluation.fcntl.flock(f, evaluation.fcntl.LOCK_EX)
+        completions.fcntl.flock(f, completions.fcntl.LOCK_EX)
         assert evaluation.main(flags) == 2 and "another" in capsys.readouterr().err
     assert evaluation.main(flags) == 0
 
 
 def test_the_share_in_classes_never_trained_on(tiny, capsys):
-    examples = agrpo.load_examples("sudoku", 12, 0, "train")[:5] + agrpo.load_examples("sudoku", 3, 0, "test")
-    Path("x.csv").write_text("Puzzle,Solution\n" + "".join(f"{ex['puzzle']},{ex['solution']}\n" for ex in examples))
+    examples = data.load_examples("sudoku", 12, 0, "train")[:5] + data.load_examples(
+        "sudoku", 3, 0, "test"
+    )
+    Path("x.csv").write_text(
+        "Puzzle,Solution\n" + "".join(f"{ex['puzzle']},{ex['solution']}\n" for ex in examples)
+    )
     assert evaluation.main([*TINY, "--data", "x.csv", "--steps", "4", "--out", "e.jsonl"]) == 0
-    assert json.loads(Path("e.json").read_text())["results"][0]["held_out"]["n"] == 3 and "of 3" in capsys.readouterr().out
+    assert (
+        json.loads(Path("e.json").read_text())["results"][0]["held_out"]["n"] == 3
+        and "of 3" in capsys.readouterr().out
+    )
 
 
 def test_a_length_that_does_not_fit_the_context_is_refused(tiny, capsys):
@@ -160,19 +251,48 @@ def test_a_length_that_does_not_fit_the_context_is_refused(tiny, capsys):
 def test_a_length_below_the_default_fits_where_the_default_does_not(here, quick):
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
     Path("x.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
-    flags = ["--model", "runs/m", "--task", "gsm8k", "--data", "x.jsonl", "--block-length", "16", "--steps", "16"]
-    assert evaluation.main([*flags, "--lengths", "16"]) == 0 and evaluation.main([*flags, "--lengths", "256"]) == 2
+    flags = [
+        "--model",
+        "runs/m",
+        "--task",
+        "gsm8k",
+        "--data",
+        "x.jsonl",
+        "--block-length",
+        "16",
+        "--steps",
+        "16",
+    ]
+    assert (
+        evaluation.main([*flags, "--lengths", "16"]) == 0
+        and evaluation.main([*flags, "--lengths", "256"]) == 2
+    )
 
 
 def test_an_unfinished_run_is_refused(here, quick, capsys):
     assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
-    agrpo.shutil.rmtree("runs/x/model")
+    shutil.rmtree("runs/x/model")
     assert evaluation.main(["--model", "runs/x"]) == 2 and "not finished" in capsys.readouterr().err
 
 
 def test_samples_are_different_and_repeatable(tiny):
-    flags = [*TINY, "--limit", "3", "--steps", "4", "--temperature", "1", "--unmasking", "random", "--samples", "4"]
-    assert evaluation.main([*flags, "--out", "a.jsonl"]) == 0 and evaluation.main([*flags, "--out", "b.jsonl", "--batch", "12"]) == 0
+    flags = [
+        *TINY,
+        "--limit",
+        "3",
+        "--steps",
+        "4",
+        "--temperature",
+        "1",
+        "--unmasking",
+        "random",
+        "--samples",
+        "4",
+    ]
+    assert (
+        evaluation.main([*flags, "--out", "a.jsonl"]) == 0
+        and evaluation.main([*flags, "--out", "b.jsonl", "--batch", "12"]) == 0
+    )
     assert without_seconds("a.jsonl") == without_seconds("b.jsonl")
     assert len({row["completion"] for row in lines("a.jsonl")[1:5]}) > 1
     result = json.loads(Path("a.json").read_text())["results"][0]
@@ -184,53 +304,124 @@ def test_regrade_agrees_with_the_grades_that_were_saved_and_finds_a_changed_one(
     capsys.readouterr()
     assert evaluation.main(["--regrade", "e.jsonl"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 3 and all(line.split()[-3] == "0" for line in out[1:])              # none changed
+    assert len(out) == 3 and all(line.split()[-3] == "0" for line in out[1:])  # none changed
     rows = lines("e.jsonl")
     rows[2]["grade"], rows[2]["completion"] = 0.0, rows[2]["example"]["solution"]
     Path("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluation.main(["--regrade", "e.jsonl", "--out", "new.jsonl"]) == 0
     assert "0 -> 1" in capsys.readouterr().out
-    assert lines("new.jsonl")[2]["grade"] == 1 and lines("new.jsonl")[1]["grade"] == rows[1]["grade"]
-    assert lines("e.jsonl") == rows                                                         # the file itself is left alone
+    assert (
+        lines("new.jsonl")[2]["grade"] == 1 and lines("new.jsonl")[1]["grade"] == rows[1]["grade"]
+    )
+    assert lines("e.jsonl") == rows  # the file itself is left alone
     Path("mine.txt").write_text("mine")
     for out in ("new.jsonl", "mine.txt", "."):
         assert evaluation.main(["--regrade", "e.jsonl", "--out", out]) == 2
-    assert evaluation.main(["--regrade", "e.jsonl", "--out", "new.jsonl", "--overwrite"]) == 0 and Path("mine.txt").read_text() == "mine"
+    assert (
+        evaluation.main(["--regrade", "e.jsonl", "--out", "new.jsonl", "--overwrite"]) == 0
+        and Path("mine.txt").read_text() == "mine"
+    )
     rows[2]["nfe"] = "many"
     Path("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluation.main([*TINY, "--limit", "4", "--steps", "8", "--out", "e.jsonl"]) == 2 and "e.jsonl:3" in capsys.readouterr().err
-    assert evaluation.main(["--regrade", "e.jsonl", "--task", "math"]) == 2 and "sudoku" in capsys.readouterr().err
+    assert (
+        evaluation.main([*TINY, "--limit", "4", "--steps", "8", "--out", "e.jsonl"]) == 2
+        and "e.jsonl:3" in capsys.readouterr().err
+    )
+    assert (
+        evaluation.main(["--regrade", "e.jsonl", "--task", "math"]) == 2
+        and "sudoku" in capsys.readouterr().err
+    )
 
 
 def test_regrade_reads_published_generations(here, capsys):
-    Path("g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
-        {"question": "1+1?", "completion": "so </reasoning><answer>\\boxed{2}</answer>", "gold": 2.0}, {"question": "?", "completion": "3", "gold": None})))
+    Path("g.jsonl").write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in (
+                {
+                    "question": "1+1?",
+                    "completion": "so </reasoning><answer>\\boxed{2}</answer>",
+                    "gold": 2.0,
+                },
+                {"question": "?", "completion": "3", "gold": None},
+            )
+        )
+    )
     assert evaluation.main(["--regrade", "g.jsonl", "--task", "gsm8k"]) == 0
     assert "50.0 %" in capsys.readouterr().out
-    Path("s.jsonl").write_text(json.dumps({"question": "Solve: 3102200002100320\n", "completion": "<answer>3142</answer>", "gold": "3142243142131324"}))
-    assert evaluation.main(["--regrade", "s.jsonl", "--task", "sudoku", "--out", "s2.jsonl"]) == 0 and evaluation.main(["--regrade", "s2.jsonl"]) == 0
-    assert capsys.readouterr().out.count("12.5 %") == 2                                     # one of eight cells
-    Path("c.jsonl").write_text(json.dumps({"question": "", "completion": "\\boxed{(3+4)*2}", "gold": [[3, 4, 2], 14]}))
-    assert evaluation.main(["--regrade", "c.jsonl", "--task", "countdown"]) == 0 and "100.0 %" in capsys.readouterr().out
+    Path("s.jsonl").write_text(
+        json.dumps(
+            {
+                "question": "Solve: 3102200002100320\n",
+                "completion": "<answer>3142</answer>",
+                "gold": "3142243142131324",
+            }
+        )
+    )
+    assert (
+        evaluation.main(["--regrade", "s.jsonl", "--task", "sudoku", "--out", "s2.jsonl"]) == 0
+        and evaluation.main(["--regrade", "s2.jsonl"]) == 0
+    )
+    assert capsys.readouterr().out.count("12.5 %") == 2  # one of eight cells
+    Path("c.jsonl").write_text(
+        json.dumps({"question": "", "completion": "\\boxed{(3+4)*2}", "gold": [[3, 4, 2], 14]})
+    )
+    assert (
+        evaluation.main(["--regrade", "c.jsonl", "--task", "countdown"]) == 0
+        and "100.0 %" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--steps", "4,x"], "--steps"), (["--step", "4"], "--step"), (["--steps", "3"], "3 steps"), (["--lengths", "16,15"], "15"), (["--lengths", ","], "--lengths"), (["--steps", "0"], "0 steps"),
-    (["--samples", "4"], "--temperature"), (["--samples", "0"], "--samples"), (["--limit", "-1"], "--limit"), (["--out", "x.json"], ".jsonl"),
-    (["--out", "dir.jsonl"], ".jsonl"), (["--prompt", "d2"], "--prompt"), (["--task", "gsm8k"], "tiny"), (["--model", "nowhere"], "no such directory"),
-    (["--regrade", "no.jsonl", "--task", "math"], "no.jsonl"), (["--regrade", "empty.jsonl", "--task", "math"], "no completions"),
-    (["--out", "x" * 300 + ".jsonl", "--limit", "2", "--steps", "4"], ".jsonl"), (["--regrade", "bad.jsonl", "--task", "math"], "bad.jsonl:2"),
-    (["--regrade", "rows.jsonl"], "--task"), (["--regrade", "rows.jsonl", "--task", "math"], "rows.jsonl:1"), (["--regrade", "list.jsonl", "--task", "math"], "list.jsonl:1"),
-    (["--out", "file/x.jsonl", "--limit", "2", "--steps", "4"], "file"), (["--data", "no.csv"], "no.csv"), (["--top-p", "0.5"], "top-p")])
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--steps", "4,x"], "--steps"),
+        (["--step", "4"], "--step"),
+        (["--steps", "3"], "3 steps"),
+        (["--lengths", "16,15"], "15"),
+        (["--lengths", ","], "--lengths"),
+        (["--steps", "0"], "0 steps"),
+        (["--samples", "4"], "--temperature"),
+        (["--samples", "0"], "--samples"),
+        (["--limit", "-1"], "--limit"),
+        (["--out", "x.json"], ".jsonl"),
+        (["--out", "dir.jsonl"], ".jsonl"),
+        (["--prompt", "d2"], "--prompt"),
+        (["--task", "gsm8k"], "tiny"),
+        (["--model", "nowhere"], "no such directory"),
+        (["--regrade", "no.jsonl", "--task", "math"], "no.jsonl"),
+        (["--regrade", "empty.jsonl", "--task", "math"], "no completions"),
+        (["--out", "x" * 300 + ".jsonl", "--limit", "2", "--steps", "4"], ".jsonl"),
+        (["--regrade", "bad.jsonl", "--task", "math"], "bad.jsonl:2"),
+        (["--regrade", "rows.jsonl"], "--task"),
+        (["--regrade", "rows.jsonl", "--task", "math"], "rows.jsonl:1"),
+        (["--regrade", "list.jsonl", "--task", "math"], "list.jsonl:1"),
+        (["--out", "file/x.jsonl", "--limit", "2", "--steps", "4"], "file"),
+        (["--data", "no.csv"], "no.csv"),
+        (["--top-p", "0.5"], "top-p"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(tiny, flags, word, capsys):
     Path("dir.jsonl").mkdir()
     Path("file").write_text("")
-    Path("bad.jsonl").write_text('{"problem": "", "answer": "1", "completion": "1"}\n{"problem": \n')
+    Path("bad.jsonl").write_text(
+        '{"problem": "", "answer": "1", "completion": "1"}\n{"problem": \n'
+    )
     Path("rows.jsonl").write_text('{"completion": "1"}\n')
     Path("list.jsonl").write_text("[1]\n")
     Path("empty.jsonl").write_text("")
     before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
-    given = flags if "--regrade" in flags else ["--device", "cpu", *([] if "--model" in flags else ["--model", "tiny"]), *([] if "--task" in flags else ["--task", "sudoku"]), *flags]
+    given = (
+        flags
+        if "--regrade" in flags
+        else [
+            "--device",
+            "cpu",
+            *([] if "--model" in flags else ["--model", "tiny"]),
+            *([] if "--task" in flags else ["--task", "sudoku"]),
+            *flags,
+        ]
+    )
     assert evaluation.main(given) == 2
     err = capsys.readouterr().err
     assert err.startswith("eval: ") and err.count("\n") == 1 and word in err
@@ -241,14 +432,14 @@ def test_a_writer_tells_its_error_and_leaves_that_of_the_run_alone(capsys):
     def broken():
         raise OSError("no space")
 
-    with pytest.raises(OSError, match="no space"), evaluation.Writer() as writer:
+    with pytest.raises(OSError, match="no space"), runs.Writer() as writer:
         writer.submit(broken)
-    with pytest.raises(FloatingPointError), evaluation.Writer() as writer:
+    with pytest.raises(FloatingPointError), runs.Writer() as writer:
         writer.submit(broken)
         raise FloatingPointError
     assert "no space" in capsys.readouterr().err
     done = []
-    with evaluation.Writer() as writer:
+    with runs.Writer() as writer:
         writer.submit(lambda: time.sleep(0.1) or done.append(1))
         writer.submit(lambda: done.append(2))
     assert done == [1, 2]

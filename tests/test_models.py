@@ -1,5 +1,6 @@
 """Protects loading, adapters, merging and saving: every family against its own forward in plain PyTorch, bit-exact round trips, what must
 be refused. Run: pytest tests/test_models.py"""
+
 import dataclasses
 import json
 import shutil
@@ -11,9 +12,14 @@ from checkpoints import SPECIAL, forward, write_checkpoint
 from safetensors.torch import load_file
 
 import agrpo
-import eval as models
+import eval as evaluation
+from methods import models, sft
+from methods.dipo import BlockPolicy
+from rewards import BadInput
+from support import checkpoints, cost, options
+from tools import Settings, load, save, train_step
 
-CFG = agrpo.Config(task="gsm8k", completion_length=8, block_length=4, steps=4, prompts=2, completions=4)
+CFG = Settings(task="gsm8k", completion_length=8, block_length=4, steps=4, prompts=2, completions=4)
 FAMILIES = [(name, tied) for name in SPECIAL for tied in (False, True)]
 
 
@@ -26,122 +32,221 @@ def written(request, tmp_path):
 
 def logp_of(policy, sequences, P=12, C=8):
     """Log-probs (N, C, V) of the completions of (prompt, state) pairs in one left-padded batch."""
-    prompt, mask = torch.zeros(len(sequences), P, dtype=torch.long), torch.zeros(len(sequences), P, dtype=torch.long)
+    prompt, mask = (
+        torch.zeros(len(sequences), P, dtype=torch.long),
+        torch.zeros(len(sequences), P, dtype=torch.long),
+    )
     for i, (ids, _) in enumerate(sequences):
-        prompt[i, P - len(ids):], mask[i, P - len(ids):] = ids, 1
+        prompt[i, P - len(ids) :], mask[i, P - len(ids) :] = ids, 1
     state = torch.stack([state for _, state in sequences])
     with torch.no_grad():
-        return policy.logits(prompt, mask, state, torch.ones_like(state).bool()).view(len(sequences), C, -1).log_softmax(-1)
+        return (
+            policy.logits(prompt, mask, state, torch.ones_like(state).bool())
+            .view(len(sequences), C, -1)
+            .log_softmax(-1)
+        )
 
 
 def sequences_for(config, n=4):
     g, V = torch.Generator().manual_seed(3), config.get("embedding_size") or config["vocab_size"]
-    return [(torch.randint(V, (k,), generator=g), torch.randint(V, (8,), generator=g)) for k in (12, 3, 7, 9)[:n]]
+    return [
+        (torch.randint(V, (k,), generator=g), torch.randint(V, (8,), generator=g))
+        for k in (12, 3, 7, 9)[:n]
+    ]
 
 
 def test_log_probs_equal_the_published_architecture_padded_or_not_batched_or_alone(written):
     path, weights, config = written
-    policy, tokenizer = agrpo.load_policy(str(path), "cpu")
+    policy, tokenizer = load(path)
     block, sequences = config.get("block_size", 0), sequences_for(config)
     together = logp_of(policy, sequences)
     for i, (prompt, state) in enumerate(sequences):
-        exact = forward({k: v.double() for k, v in weights.items()}, config, torch.cat([prompt, state]), block)[-8:]
+        exact = forward(
+            {k: v.double() for k, v in weights.items()}, config, torch.cat([prompt, state]), block
+        )[-8:]
         exact[:, policy.mask_id] = -torch.inf
         exact = exact.log_softmax(-1)
-        alone = logp_of(policy, sequences[i:i + 1], P=len(prompt))[0]
+        alone = logp_of(policy, sequences[i : i + 1], P=len(prompt))[0]
         kept = torch.arange(exact.shape[1]) != policy.mask_id
-        assert exact[:, kept].std() > 0.5                                            # no flat distribution, which any bug would match
-        assert (alone - exact)[:, kept].abs().max() < 1e-5 and (together[i] - exact)[:, kept].abs().max() < 1e-5
-    assert policy.block == block and policy.shift == (config["model_type"] == "Dream")
+        assert exact[:, kept].std() > 0.5  # no flat distribution, which any bug would match
+        assert (alone - exact)[:, kept].abs().max() < 1e-5 and (together[i] - exact)[
+            :, kept
+        ].abs().max() < 1e-5
+    assert getattr(policy, "block", 0) == block and policy.shift == (
+        config["model_type"] == "Dream"
+    )
 
 
 def test_special_tokens_come_from_where_each_family_keeps_them(written):
     path, _, config = written
-    policy, tokenizer = agrpo.load_policy(str(path), "cpu")
+    policy, tokenizer = load(path)
     special = SPECIAL[config["model_type"]]
     assert tokenizer.convert_ids_to_tokens([policy.mask_id, policy.eos_id]) == list(special[:2])
-    assert tokenizer.convert_ids_to_tokens(policy.turn_id) == ("<|eot_id|>" if "<|eot_id|>" in special else "<|im_end|>")
+    assert tokenizer.convert_ids_to_tokens(policy.turn_id) == (
+        "<|eot_id|>" if "<|eot_id|>" in special else "<|im_end|>"
+    )
     text = "How many apples?\n\n12 + 7 = \u00bd"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    ids, mask = agrpo.encode_prompts(tokenizer, [("1", ""), (text, "<reasoning>")])
-    assert (ids != policy.mask_id).all() and mask[0].sum() < mask[1].sum() and tokenizer.decode(ids[1]).endswith("<reasoning>")
+    ids, mask = checkpoints.encode_prompts(tokenizer, [("1", ""), (text, "<reasoning>")])
+    assert (
+        (ids != policy.mask_id).all()
+        and mask[0].sum() < mask[1].sum()
+        and tokenizer.decode(ids[1]).endswith("<reasoning>")
+    )
 
 
 def files_of(path):
     weights = {k: v for f in Path(path).glob("*.safetensors") for k, v in load_file(f).items()}
-    return weights, {f.name: f.read_bytes() for f in Path(path).iterdir() if f.suffix != ".safetensors" and "index" not in f.name}
+    return weights, {
+        f.name: f.read_bytes()
+        for f in Path(path).iterdir()
+        if f.suffix != ".safetensors" and "index" not in f.name
+    }
 
 
 def test_a_full_checkpoint_is_saved_in_the_layout_it_came_in(written, tmp_path):
     path, weights, config = written
-    policy, tokenizer = agrpo.load_policy(str(path), "cpu", dataclasses.replace(CFG, lora_rank=0), train=True)
+    policy, tokenizer = load(path, dataclasses.replace(CFG, lora_rank=0), train=True)
     (path / "modeling_llada.py").write_text("raise SystemExit('remote code must never run')")
-    agrpo.save_model(policy, tokenizer, tmp_path / "saved", dataclasses.replace(CFG, model=str(path)))
+    save(policy, tokenizer, tmp_path / "saved", dataclasses.replace(CFG, model=str(path)))
     saved, files = files_of(tmp_path / "saved")
-    assert saved.keys() == weights.keys() and all(torch.equal(saved[k], weights[k]) for k in weights)
+    assert saved.keys() == weights.keys() and all(
+        torch.equal(saved[k], weights[k]) for k in weights
+    )
     assert {k: v for k, v in files.items() if k != "agrpo.json"} == files_of(path)[1]
-    again, _ = agrpo.load_policy(str(tmp_path / "saved"), "cpu")
+    again, _ = load(tmp_path / "saved")
     sequences = sequences_for(config)
     assert torch.equal(logp_of(again, sequences), logp_of(policy, sequences))
+
+
+def of_stock(net, policy):
+    """The same policy around another network."""
+    known = net, policy.mask_id, policy.eos_id, policy.shift
+    block = getattr(policy, "block", 0)
+    return BlockPolicy(*known, block) if block else agrpo.Policy(*known)
 
 
 def trained_adapter(path, config, tmp_path, rank=4):
     """An adapter after a real optimizer step, saved: policy, directory."""
     cfg = dataclasses.replace(CFG, lora_rank=rank, lora_alpha=16.0, model=str(path))
-    policy, tokenizer = agrpo.load_policy(str(path), "cpu", cfg, train=True)
-    plain, _ = agrpo.load_policy(str(path), "cpu")
+    policy, tokenizer = load(path, cfg, train=True)
+    plain, _ = load(path)
     sequences = sequences_for(config)
-    assert torch.equal(logp_of(policy, sequences), logp_of(plain, sequences))            # without effect at first
+    assert torch.equal(
+        logp_of(policy, sequences), logp_of(plain, sequences)
+    )  # without effect at first
     trained = [p for p in policy.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == models.adapter_count(policy.model.config, rank)
+    assert sum(p.numel() for p in trained) == cost.adapter_count(policy.model.config, rank)
     optimizer = torch.optim.AdamW(trained, lr=0.05)
-    for _ in range(2):                                                               # the first moves B only
-        agrpo.sft_loss(policy, sequences[0][0][None], torch.ones(1, 12, dtype=torch.long), sequences[0][1][None] % 200, agrpo.generator(0)).backward()
+    for _ in range(2):  # the first moves B only
+        sft.sft_loss(
+            policy,
+            sequences[0][0][None],
+            torch.ones(1, 12, dtype=torch.long),
+            sequences[0][1][None] % 200,
+            agrpo.generator(0),
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert (logp_of(policy, sequences) - logp_of(plain, sequences)).abs().nan_to_num().max() > 0.1
-    agrpo.save_model(policy, tokenizer, tmp_path / "adapter", cfg)
+    save(policy, tokenizer, tmp_path / "adapter", cfg)
     return policy, tmp_path / "adapter", sequences
 
 
-def test_an_adapter_comes_back_to_the_bit_here_and_through_peft_on_the_stock_class(written, tmp_path):
+def test_an_adapter_comes_back_to_the_bit_here_and_through_peft_on_the_stock_class(
+    written, tmp_path
+):
     import peft
+
     path, _, config = written
     policy, adapter, sequences = trained_adapter(path, config, tmp_path)
     now = logp_of(policy, sequences)
     for train in (False, True):
-        again, _ = agrpo.load_policy(str(adapter), "cpu", dataclasses.replace(CFG, lora_rank=4), train=train)
+        again, _ = load(adapter, dataclasses.replace(CFG, lora_rank=4), train=train)
         assert torch.equal(logp_of(again, sequences), now)
         assert any(p.requires_grad for p in again.parameters()) == train
-    stock = models.load_model(models.read_checkpoint(path), torch.float32)
+    stock = checkpoints.load_model(checkpoints.read_checkpoint(path), torch.float32)
     stock = peft.PeftModel.from_pretrained(stock, adapter)
-    assert torch.equal(logp_of(agrpo.Policy(stock, policy.mask_id, policy.eos_id, None, policy.shift, policy.block), sequences), now)
-    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(path)
-    assert all("lora_" in k for k in load_file(adapter / "adapter_model.safetensors"))     # no embeddings inside
+    assert torch.equal(logp_of(of_stock(stock, policy), sequences), now)
+    assert json.loads((adapter / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(path)
+    assert all(
+        "lora_" in k for k in load_file(adapter / "adapter_model.safetensors")
+    )  # no embeddings inside
     with policy.model.disable_adapter():
-        assert torch.equal(logp_of(policy, sequences), logp_of(agrpo.load_policy(str(path), "cpu")[0], sequences))
+        assert torch.equal(logp_of(policy, sequences), logp_of(load(path)[0], sequences))
 
 
-def test_a_merged_checkpoint_has_the_published_layout_and_the_adapters_effect(written, tmp_path, capsys):
+def test_a_merged_checkpoint_has_the_published_layout_and_the_adapters_effect(
+    written, tmp_path, capsys
+):
     path, weights, config = written
     policy, adapter, sequences = trained_adapter(path, config, tmp_path)
-    assert agrpo.main(["--model", str(adapter), "--merge", str(tmp_path / "merged"), "--task", "gsm8k", "--device", "cpu"]) == 0
+    assert (
+        agrpo.main(
+            [
+                "--model",
+                str(adapter),
+                "--merge",
+                str(tmp_path / "merged"),
+                "--task",
+                "gsm8k",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     saved, files = files_of(tmp_path / "merged")
-    assert json.loads(files.pop("agrpo.json"))["task"] == "gsm8k"                     # with it the prompt is remembered
+    assert (
+        json.loads(files.pop("agrpo.json"))["task"] == "gsm8k"
+    )  # with it the prompt is remembered
     assert saved.keys() == weights.keys() and files == files_of(path)[1]
     scale, delta = 16.0 / 4, load_file(adapter / "adapter_model.safetensors")
-    for name, module in (("q_proj", "self_attn.q_proj"), ("ff_proj", "mlp.gate_proj"), ("ff_out", "mlp.down_proj")):      # W + alpha/r B A, by hand
-        key = f"model.transformer.blocks.1.{name}.weight" if config["model_type"] == "llada" else f"model.layers.1.{module}.weight"
+    for name, module in (
+        ("q_proj", "self_attn.q_proj"),
+        ("ff_proj", "mlp.gate_proj"),
+        ("ff_out", "mlp.down_proj"),
+    ):  # W + alpha/r B A, by hand
+        key = (
+            f"model.transformer.blocks.1.{name}.weight"
+            if config["model_type"] == "llada"
+            else f"model.layers.1.{module}.weight"
+        )
         a, b = (delta[f"base_model.model.model.layers.1.{module}.lora_{x}.weight"] for x in "AB")
-        assert torch.allclose(saved[key], weights[key] + scale * b @ a, atol=1e-6) and not torch.equal(saved[key], weights[key])
-    again, _ = agrpo.load_policy(str(tmp_path / "merged"), "cpu")
+        assert torch.allclose(
+            saved[key], weights[key] + scale * b @ a, atol=1e-6
+        ) and not torch.equal(saved[key], weights[key])
+    again, _ = load(tmp_path / "merged")
     assert (logp_of(again, sequences) - logp_of(policy, sequences)).nan_to_num().abs().max() < 1e-4
     in_memory = policy.model.merge_and_unload()
     policy.model = in_memory
-    assert torch.equal(logp_of(again, sequences), logp_of(policy, sequences))            # the files lose nothing
-    for model, out, word in ((path, "new", "no adapter"), (adapter, "merged", "exists"), (adapter, "no/where", "no folder"), (adapter, "", "exists")):
+    assert torch.equal(
+        logp_of(again, sequences), logp_of(policy, sequences)
+    )  # the files lose nothing
+    for model, out, word in (
+        (path, "new", "no adapter"),
+        (adapter, "merged", "exists"),
+        (adapter, "no/where", "no folder"),
+        (adapter, "", "exists"),
+    ):
         capsys.readouterr()
-        assert agrpo.main(["--model", str(model), "--merge", out and str(tmp_path / out), "--task", "gsm8k", "--device", "cpu"]) == 2
+        assert (
+            agrpo.main(
+                [
+                    "--model",
+                    str(model),
+                    "--merge",
+                    out and str(tmp_path / out),
+                    "--task",
+                    "gsm8k",
+                    "--device",
+                    "cpu",
+                ]
+            )
+            == 2
+        )
         out, err = capsys.readouterr()
         assert word in err and err.count("\n") == 1
 
@@ -150,20 +255,38 @@ def test_bfloat16_checkpoints_are_saved_in_bfloat16(tmp_path):
     weights, config = write_checkpoint(tmp_path / "model", "llada", shards=1)
     path, name = tmp_path / "model", "model-00001-of-00001.safetensors"
     from safetensors.torch import save_file
+
     save_file({k: v.bfloat16() for k, v in weights.items()}, path / name, metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
-    policy, tokenizer = agrpo.load_policy(str(path), "cpu", dataclasses.replace(CFG, lora_rank=0), train=True)
-    assert {p.dtype for p in policy.parameters()} == {torch.float32}                  # full fine-tuning trains in float32
-    agrpo.save_model(policy, tokenizer, tmp_path / "saved", CFG)
-    assert all(torch.equal(v, weights[k].bfloat16()) for k, v in files_of(tmp_path / "saved")[0].items())
+    policy, tokenizer = load(path, dataclasses.replace(CFG, lora_rank=0), train=True)
+    assert {p.dtype for p in policy.parameters()} == {
+        torch.float32
+    }  # full fine-tuning trains in float32
+    save(policy, tokenizer, tmp_path / "saved", CFG)
+    assert all(
+        torch.equal(v, weights[k].bfloat16()) for k, v in files_of(tmp_path / "saved")[0].items()
+    )
 
 
 BAD = [
-    ({"model_type": "gpt2"}, "gpt2"), ({"model_type": ["llada"]}, "supported are"), ({"model_type": None}, "supported are"),
-    ({"block_type": "sequential"}, "block_type"), ({"layer_norm_type": "low_precision"}, "layer_norm_type"), ({"include_bias": True}, "include_bias"),
-    ({"alibi": True}, "alibi"), ({"d_model": None}, "d_model"), ({"n_layers": "two"}, "n_layers"), ({"n_layers": 3}, "missing_keys"),
-    ({"n_layers": 1}, "unexpected_keys"), ({"mlp_hidden_size": 64}, "mismatched_keys"), ({"mask_token_id": 10**6}, "mask_token_id"),
-    ({"mask_token_id": None}, "mask"), ({"n_heads": 5}, "model"), ({"weight_tying": True}, "tied"), ({"rope_theta": -1}, "rope_theta")]
+    ({"model_type": "gpt2"}, "gpt2"),
+    ({"model_type": ["llada"]}, "supported are"),
+    ({"model_type": None}, "supported are"),
+    ({"block_type": "sequential"}, "block_type"),
+    ({"layer_norm_type": "low_precision"}, "layer_norm_type"),
+    ({"include_bias": True}, "include_bias"),
+    ({"alibi": True}, "alibi"),
+    ({"d_model": None}, "d_model"),
+    ({"n_layers": "two"}, "n_layers"),
+    ({"n_layers": 3}, "missing_keys"),
+    ({"n_layers": 1}, "unexpected_keys"),
+    ({"mlp_hidden_size": 64}, "mismatched_keys"),
+    ({"mask_token_id": 10**6}, "mask_token_id"),
+    ({"mask_token_id": None}, "mask"),
+    ({"n_heads": 5}, "model"),
+    ({"weight_tying": True}, "tied"),
+    ({"rope_theta": -1}, "rope_theta"),
+]
 
 
 @pytest.mark.parametrize("change, word", BAD, ids=[str(b[0]) for b in BAD])
@@ -171,9 +294,38 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, change,
     monkeypatch.chdir(tmp_path)
     _, config = write_checkpoint(tmp_path / "model", "llada")
     (tmp_path / "model/config.json").write_text(json.dumps({**config, **change}))
-    Path("sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
-    assert agrpo.main(["--task", "gsm8k", "--model", "model", "--data", "sums.jsonl", "--device", "cpu", "--max-steps", "0", "--completion-length", "16",
-                       "--block-length", "4", "--steps", "16", "--eval-steps", "16", "--eval-examples", "2"]) == 2
+    Path("sums.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)
+        )
+    )
+    assert (
+        agrpo.main(
+            [
+                "--task",
+                "gsm8k",
+                "--model",
+                "model",
+                "--data",
+                "sums.jsonl",
+                "--device",
+                "cpu",
+                "--max-steps",
+                "0",
+                "--completion-length",
+                "16",
+                "--block-length",
+                "4",
+                "--steps",
+                "16",
+                "--eval-steps",
+                "16",
+                "--eval-examples",
+                "2",
+            ]
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and word in err and "Traceback" not in err
 
@@ -181,87 +333,160 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, change,
 def test_other_models_of_the_same_class_are_refused(tmp_path):
     """A Qwen3 or Llama that is no diffusion model must not pass for one; a block-causal one needs its block size."""
     _, config = write_checkpoint(tmp_path / "model", "sdar")
-    for change, word in (({"model_type": "qwen3"}, "supported are"), ({"model_type": "llama"}, "supported are"),
-                         ({"use_sliding_window": True}, "sliding"), ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
-                         ({"block_size": None}, "--model-block")):
+    for change, word in (
+        ({"model_type": "qwen3"}, "supported are"),
+        ({"model_type": "llama"}, "supported are"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
+        ({"block_size": None}, "--model-block"),
+    ):
         (tmp_path / "model/config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(agrpo.BadInput, match=word):
-            agrpo.load_policy(str(tmp_path / "model"), "cpu")
-    policy, _ = agrpo.load_policy(str(tmp_path / "model"), "cpu", dataclasses.replace(CFG, model_block=8))
+        with pytest.raises(BadInput, match=word):
+            load(tmp_path / "model")
+    policy, _ = load(tmp_path / "model", dataclasses.replace(CFG, model_block=8))
     assert policy.block == 8
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     (tmp_path / "model/tokenizer.json").write_text("{}")
-    with pytest.raises(agrpo.BadInput, match="tokenizer"):
-        agrpo.load_policy(str(tmp_path / "model"), "cpu")
+    with pytest.raises(BadInput, match="tokenizer"):
+        load(tmp_path / "model")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     _, config = write_checkpoint(tmp_path / "model", "llada")
     trained_adapter(tmp_path / "model", config, tmp_path)
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(agrpo.BadInput, match="model"):                                # its base is gone
-        agrpo.load_policy(str(tmp_path / "adapter"), "cpu")
+    with pytest.raises(BadInput, match="model"):  # its base is gone
+        load(tmp_path / "adapter")
     write_checkpoint(tmp_path / "model", "llada", layers=1)
-    with pytest.raises(agrpo.BadInput, match="adapter"):
-        agrpo.load_policy(str(tmp_path / "adapter"), "cpu")
+    with pytest.raises(BadInput, match="adapter"):
+        load(tmp_path / "adapter")
 
 
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_dropout_off(tmp_path):
     _, config = write_checkpoint(tmp_path / "model", "a2d-qwen3")
     grads, sequences = [], sequences_for(config)
     for on in ("off", "on"):
-        policy, _ = agrpo.load_policy(str(tmp_path / "model"), "cpu", dataclasses.replace(CFG, lora_rank=4, gradient_checkpointing=on), train=True)
+        policy, _ = load(
+            tmp_path / "model",
+            dataclasses.replace(CFG, lora_rank=4, gradient_checkpointing=on),
+            train=True,
+        )
         again, forward_of = [], policy.model.get_decoder().layers[0].mlp.forward
-        policy.model.get_decoder().layers[0].mlp.forward = lambda x: again.append(1) or forward_of(x)
-        agrpo.sft_loss(policy, sequences[0][0][None], torch.ones(1, 12, dtype=torch.long), sequences[0][1][None], agrpo.generator(0)).backward()
-        assert len(again) == (2 if on == "on" else 1)                                 # it really runs twice
+        policy.model.get_decoder().layers[0].mlp.forward = lambda x: (
+            again.append(1) or forward_of(x)
+        )
+        sft.sft_loss(
+            policy,
+            sequences[0][0][None],
+            torch.ones(1, 12, dtype=torch.long),
+            sequences[0][1][None],
+            agrpo.generator(0),
+        ).backward()
+        assert len(again) == (2 if on == "on" else 1)  # it really runs twice
         grads.append([p.grad for p in policy.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*grads)) and any(g.abs().max() > 0 for g in grads[0])
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and any(
+        g.abs().max() > 0 for g in grads[0]
+    )
 
 
 def test_a_block_causal_rollout_scores_again_as_it_was_recorded(tmp_path):
     """Prompts of every length modulo the block: blocks are those of the attention, and what no whole block holds is EOS from the start."""
     weights, config = write_checkpoint(tmp_path / "model", "sdar")
-    policy, _ = agrpo.load_policy(str(tmp_path / "model"), "cpu")
+    policy, _ = load(tmp_path / "model")
     policy = policy.double()
-    cfg = dataclasses.replace(CFG, completion_length=12, block_length=4, steps=6, unmasking="low_confidence")
+    cfg = dataclasses.replace(
+        CFG, completion_length=12, block_length=4, steps=6, unmasking="low_confidence"
+    )
     prompt, mask = torch.full((4, 9), 70), torch.ones(4, 9, dtype=torch.long)
     for i in range(4):
-        mask[i, :i] = 0                                                              # lengths 9, 8, 7, 6
+        mask[i, :i] = 0  # lengths 9, 8, 7, 6
     traj = agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(4)])
     for i, over in enumerate((1, 0, 3, 2)):
         whole = 12 - over
-        assert (traj.reveal_step[i, whole:] == 6).all() and (traj.tokens[i, whole:] == policy.eos_id).all()
+        assert (traj.reveal_step[i, whole:] == 6).all() and (
+            traj.tokens[i, whole:] == policy.eos_id
+        ).all()
         block = (torch.arange(whole) + over) // 4
-        for b in range(1, int(block.max()) + 1):                                     # left to right, block after block
-            assert traj.reveal_step[i, :whole][block == b].min() > traj.reveal_step[i, :whole][block == b - 1].max()
-    views = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
+        for b in range(1, int(block.max()) + 1):  # left to right, block after block
+            assert (
+                traj.reveal_step[i, :whole][block == b].min()
+                > traj.reveal_step[i, :whole][block == b - 1].max()
+            )
+    views = agrpo.exact_views(traj, torch.ones(4), cfg, policy.mask_id, None)
+    views = agrpo.recorded(policy, traj, views._replace(adv=torch.ones(len(views.row), 2)), cfg)
     with torch.no_grad():
         logp, order = agrpo.step_logp(policy, traj, views, cfg)
     assert (logp - traj.logp[views.row][views.target]).abs().max() < 1e-10
     assert (order - traj.order_logp[views.row, views.step]).abs().max() < 1e-10
     assert int(views.target.sum()) == 4 * 12 - 6
-    row, step = int(views.row[-1]), int(views.step[-1])                              # and the recorded ones are those of the architecture
+    row, step = (
+        int(views.row[-1]),
+        int(views.step[-1]),
+    )  # and the recorded ones are those of the architecture
     state, target = agrpo.state_at(traj, views.row[-1:], views.step[-1:], policy.mask_id)
     n = int(mask[row].sum())
-    exact = forward({k: v.double() for k, v in weights.items()}, config, torch.cat([prompt[row, 9 - n:], state[0]]), 4)[-12:]
+    exact = forward(
+        {k: v.double() for k, v in weights.items()},
+        config,
+        torch.cat([prompt[row, 9 - n :], state[0]]),
+        4,
+    )[-12:]
     exact[:, policy.mask_id] = -torch.inf
     exact = exact.log_softmax(-1).gather(1, traj.tokens[row][:, None]).squeeze(1)[target[0]]
     assert (exact - traj.logp[row][target[0]]).abs().max() < 1e-5 and step > 0
 
 
 # ----------------------------------------------------------------------------------------------- the whole job on a checkpoint
-JOB = ["--task", "gsm8k", "--model", "model", "--data", "sums.jsonl", "--device", "cpu", "--completion-length", "16", "--block-length", "8", "--steps", "8",
-       "--eval-steps", "8,4", "--eval-examples", "4", "--eval-every", "2", "--prompts", "2", "--completions", "4", "--mc-steps", "2", "--lora-rank", "4",
-       "--lr", "1e-2", "--rollout-batch", "3"]
+JOB = [
+    "--task",
+    "gsm8k",
+    "--model",
+    "model",
+    "--data",
+    "sums.jsonl",
+    "--device",
+    "cpu",
+    "--completion-length",
+    "16",
+    "--block-length",
+    "8",
+    "--steps",
+    "8",
+    "--eval-steps",
+    "8,4",
+    "--eval-examples",
+    "4",
+    "--eval-every",
+    "2",
+    "--prompts",
+    "2",
+    "--completions",
+    "4",
+    "--mc-steps",
+    "2",
+    "--lora-rank",
+    "4",
+    "--lr",
+    "1e-2",
+    "--rollout-batch",
+    "3",
+]
 
 
 @pytest.fixture
 def job(here, monkeypatch):
     """An empty folder with a checkpoint, some data, and a reward that varies on random text."""
     write_checkpoint("model", "llada")
-    Path("sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
-    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)})
+    Path("sums.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)
+        )
+    )
+    monkeypatch.setattr(
+        models,
+        "reward_parts",
+        lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)},
+    )
 
 
 def test_a_run_with_adapters_resumes_to_the_bit_evaluates_merges_and_trains_on(job, capsys):
@@ -270,82 +495,226 @@ def test_a_run_with_adapters_resumes_to_the_bit_evaluates_merges_and_trains_on(j
     assert agrpo.main([*JOB, "--name", "halves", "--max-steps", "2"]) == 0
     assert agrpo.main(["--name", "halves", "--resume", "--max-steps", "4"]) == 0
     a, b = (torch.load(f"runs/{n}/checkpoint.pt", weights_only=True) for n in ("four", "halves"))
-    assert a["model"] and all("lora_" in k for k in a["model"]) and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert (
+        a["model"]
+        and all("lora_" in k for k in a["model"])
+        and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    )
     assert any(float(v.abs().max()) > 0 for k, v in a["model"].items() if "lora_B" in k)
-    assert {f.name for f in Path("runs/four/model").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "agrpo.json", "tokenizer.json"}
+    assert {f.name for f in Path("runs/four/model").iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "agrpo.json",
+        "tokenizer.json",
+    }
     saved = load_file("runs/four/model/adapter_model.safetensors")
-    assert all(torch.equal(v, a["model"]["model." + k.replace(".weight", ".default.weight")]) for k, v in saved.items())
+    assert all(
+        torch.equal(v, a["model"]["model." + k.replace(".weight", ".default.weight")])
+        for k, v in saved.items()
+    )
     summary = json.loads(Path("runs/four/summary.json").read_text())
-    assert models.main(["--model", "runs/four", "--data", "sums.jsonl", "--limit", "4", "--device", "cpu", "--out", "e.jsonl"]) == 0
-    assert "trained on" in capsys.readouterr().out                                    # of the file, a fifth was held out
+    assert (
+        evaluation.main(
+            [
+                "--model",
+                "runs/four",
+                "--data",
+                "sums.jsonl",
+                "--limit",
+                "4",
+                "--device",
+                "cpu",
+                "--out",
+                "e.jsonl",
+            ]
+        )
+        == 0
+    )
+    assert "trained on" in capsys.readouterr().out  # of the file, a fifth was held out
     result = json.loads(Path("e.json").read_text())
-    assert result["settings"]["prompt"] == "agrpo" and [r["steps"] for r in result["results"]] == [8, 4] and result["results"][0]["length"] == 16
+    assert (
+        result["settings"]["prompt"] == "agrpo"
+        and [r["steps"] for r in result["results"]] == [8, 4]
+        and result["results"][0]["length"] == 16
+    )
     assert len(summary["by_steps"]) == 2
-    assert agrpo.main(["--model", "runs/four", "--merge", "merged", "--task", "gsm8k", "--device", "cpu"]) == 0
-    for model, flags, name in (("runs/four", [], "on"), ("runs/four", ["--lora-rank", "0"], "full"), ("merged", [], "merged")):
+    assert (
+        agrpo.main(
+            ["--model", "runs/four", "--merge", "merged", "--task", "gsm8k", "--device", "cpu"]
+        )
+        == 0
+    )
+    for model, flags, name in (
+        ("runs/four", [], "on"),
+        ("runs/four", ["--lora-rank", "0"], "full"),
+        ("merged", [], "merged"),
+    ):
         assert agrpo.main([*JOB, "--model", model, "--name", name, "--max-steps", "1", *flags]) == 0
-    assert Path("runs/full/model/model.safetensors.index.json").is_file() or Path("runs/full/model/model.safetensors").is_file()
+    assert (
+        Path("runs/full/model/model.safetensors.index.json").is_file()
+        or Path("runs/full/model/model.safetensors").is_file()
+    )
     assert not list(Path(".").rglob("*.partial"))
 
 
 def test_a_run_on_a_block_causal_model_takes_its_blocks(here, monkeypatch, capsys):
     write_checkpoint("model", "sdar")
-    Path("sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
-    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)})
+    Path("sums.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)
+        )
+    )
+    monkeypatch.setattr(
+        models,
+        "reward_parts",
+        lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)},
+    )
     flags = [x for x in JOB if x not in ("--block-length", "--steps", "--eval-steps", "8", "8,4")]
     assert agrpo.main([*flags, "--max-steps", "1", "--name", "x"]) == 0
     config = json.loads(Path("runs/x/config.json").read_text())
-    assert (config["block_length"], config["eval_block_length"], config["steps"], config["eval_steps"]) == (4, 4, 16, "16")
+    assert (
+        config["block_length"],
+        config["eval_block_length"],
+        config["steps"],
+        config["eval_steps"],
+    ) == (4, 4, 16, "16")
     with open("runs/x/log.csv") as f:
         row = dict(zip(*(line.strip().split(",") for line in f)))
     assert float(row["ratio"]) == pytest.approx(1, abs=1e-4) and float(row["grad_norm"]) > 0
-    assert models.main(["--model", "runs/x", "--data", "sums.jsonl", "--limit", "4", "--device", "cpu"]) == 0
+    assert (
+        evaluation.main(
+            ["--model", "runs/x", "--data", "sums.jsonl", "--limit", "4", "--device", "cpu"]
+        )
+        == 0
+    )
     capsys.readouterr()
-    assert agrpo.main([*flags, "--block-length", "8", "--name", "y"]) == 2 and "blocks of 4" in capsys.readouterr().err
+    assert (
+        agrpo.main([*flags, "--block-length", "8", "--name", "y"]) == 2
+        and "blocks of 4" in capsys.readouterr().err
+    )
 
 
 def test_the_defaults_for_a_checkpoint_are_the_published_recipe(job):
-    cfg, _ = agrpo.parse(["--task", "gsm8k", "--model", "model", "--device", "cpu"])
-    assert (cfg.prompts, cfg.completions, cfg.completion_length, cfg.block_length, cfg.steps, cfg.mc_steps) == (16, 8, 384, 12, 128, 24)
-    assert (cfg.temperature, cfg.top_k, cfg.top_p, cfg.lr, cfg.lora_rank, cfg.lora_alpha, cfg.weight_decay, cfg.clip) == (0.6, 150, 0.99, 5e-6, 64, 64, 0.01, 0.2)
-    assert cfg.max_steps == cfg.decay_steps == 5 * 7473 // 16 and cfg.warmup == cfg.max_steps // 100                    # five epochs, 1 % of them
-    assert (cfg.eval_length, cfg.eval_block_length, cfg.eval_steps, cfg.prompt) == (256, 32, "128", "agrpo")
-    assert agrpo.evaluation_config(cfg).completion_length == 256 and agrpo.evaluation_config(cfg).temperature == 0
-    assert (cfg.rollout_batch, cfg.gradient_checkpointing) == (8, "auto")                                                # no GPU: as the smallest
-    large, _ = agrpo.parse(["--task", "gsm8k", "--model", "model", "--device", "cpu", "--preset", "80gb", "--rollout-batch", "7", "--mc-steps", "2"])
-    assert (large.rollout_batch, large.gradient_checkpointing, large.mc_steps) == (7, "auto", 2)                         # flags win
-    official, _ = agrpo.parse(["--task", "gsm8k", "--model", "model", "--device", "cpu", "--preset", "official"])
+    cfg, _ = evaluation.parse(["--task", "gsm8k", "--model", "model", "--device", "cpu"])
+    assert (
+        cfg.prompts,
+        cfg.completions,
+        cfg.completion_length,
+        cfg.block_length,
+        cfg.steps,
+        cfg.mc_steps,
+    ) == (16, 8, 384, 12, 128, 24)
+    assert (
+        cfg.temperature,
+        cfg.top_k,
+        cfg.top_p,
+        cfg.lr,
+        cfg.lora_rank,
+        cfg.lora_alpha,
+        cfg.weight_decay,
+        cfg.clip,
+    ) == (0.6, 150, 0.99, 5e-6, 64, 64, 0.01, 0.2)
+    assert (
+        cfg.max_steps == cfg.decay_steps == 5 * 7473 // 16 and cfg.warmup == cfg.max_steps // 100
+    )  # five epochs, 1 % of them
+    assert (cfg.eval_length, cfg.eval_block_length, cfg.eval_steps, cfg.prompt) == (
+        256,
+        32,
+        "128",
+        "agrpo",
+    )
+    assert (
+        options.for_evaluation(cfg).completion_length == 256
+        and options.for_evaluation(cfg).temperature == 0
+    )
+    assert (cfg.rollout_batch, cfg.gradient_checkpointing) == (8, "auto")  # no GPU: as the smallest
+    large, _ = evaluation.parse(
+        [
+            "--task",
+            "gsm8k",
+            "--model",
+            "model",
+            "--device",
+            "cpu",
+            "--preset",
+            "80gb",
+            "--rollout-batch",
+            "7",
+            "--mc-steps",
+            "2",
+        ]
+    )
+    assert (large.rollout_batch, large.gradient_checkpointing, large.mc_steps) == (
+        7,
+        "auto",
+        2,
+    )  # flags win
+    official, _ = evaluation.parse(
+        ["--task", "gsm8k", "--model", "model", "--device", "cpu", "--preset", "official"]
+    )
     assert (official.unmasking, official.advantage, official.mc_steps) == ("random", "mean", 24)
 
 
-@pytest.mark.parametrize("flags", [[], ["--model", "GSAI-ML/LLaDA-8B-Instruct"], ["--device", "cpu"]])
-def test_without_a_gpu_the_8b_line_says_what_it_needs_and_what_runs_here(here, flags, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "flags", [[], ["--model", "GSAI-ML/LLaDA-8B-Instruct"], ["--device", "cpu"]]
+)
+def test_without_a_gpu_the_8b_line_says_what_it_needs_and_what_runs_here(
+    here, flags, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert agrpo.main(["--task", "gsm8k", *flags]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "24 GB" in err and "python agrpo.py --task sudoku" in err and "--device cpu" in err
+    assert (
+        out == ""
+        and err.count("\n") == 1
+        and "24 GB" in err
+        and "python agrpo.py --task sudoku" in err
+        and "--device cpu" in err
+    )
 
 
 def test_a_large_local_checkpoint_needs_a_gpu_too(here, monkeypatch, capsys):
     _, config = write_checkpoint("model", "llada")
-    Path("model/config.json").write_text(json.dumps({**config, "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
-                                                     "vocab_size": 126464, "embedding_size": 126464}))
+    Path("model/config.json").write_text(
+        json.dumps(
+            {
+                **config,
+                "d_model": 4096,
+                "n_layers": 32,
+                "n_heads": 32,
+                "n_kv_heads": 32,
+                "mlp_hidden_size": 12288,
+                "vocab_size": 126464,
+                "embedding_size": 126464,
+            }
+        )
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.parameter_count(models.read_checkpoint(Path("model")).config) == 8_015_581_184                       # as published
-    assert agrpo.main(["--task", "gsm8k", "--model", "model", "--device", "cpu"]) == 2 and "CUDA GPU" in capsys.readouterr().err
+    assert (
+        cost.parameter_count(checkpoints.read_checkpoint(Path("model")).config) == 8_015_581_184
+    )  # as published
+    assert (
+        agrpo.main(["--task", "gsm8k", "--model", "model", "--device", "cpu"]) == 2
+        and "CUDA GPU" in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("where, flag", [("rollout", "--rollout-batch 1"), ("step_logp", "--tokens-per-pass")])
+@pytest.mark.parametrize(
+    "where, flag", [("rollout", "--rollout-batch 1"), ("step_logp", "--tokens-per-pass")]
+)
 def test_out_of_memory_is_one_line_with_the_flag_to_change(job, monkeypatch, where, flag, capsys):
     assert agrpo.main([*JOB, "--name", "x", "--max-steps", "1"]) == 0
     before, work = torch.load("runs/x/checkpoint.pt", weights_only=True), getattr(agrpo, where)
 
     def full(*args, **kwargs):
         work(*args, **kwargs)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines.")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines."
+        )
 
     def rollout(*args, **kwargs):
         return full(*args, **kwargs)
+
     monkeypatch.setattr(agrpo, where, rollout if where == "rollout" else full)
     capsys.readouterr()
     assert agrpo.main(["--name", "x", "--resume", "--max-steps", "3"]) == 1
@@ -353,7 +722,24 @@ def test_out_of_memory_is_one_line_with_the_flag_to_change(job, monkeypatch, whe
     assert err.count("\n") == 1 and "--resume with " + flag in err
     assert torch.load("runs/x/checkpoint.pt", weights_only=True)["step"] == before["step"] == 1
     monkeypatch.setattr(agrpo, where, work)
-    assert agrpo.main(["--name", "x", "--resume", "--max-steps", "2", "--rollout-batch", "2", "--tokens-per-pass", "50", "--gradient-checkpointing", "on"]) == 0
+    assert (
+        agrpo.main(
+            [
+                "--name",
+                "x",
+                "--resume",
+                "--max-steps",
+                "2",
+                "--rollout-batch",
+                "2",
+                "--tokens-per-pass",
+                "50",
+                "--gradient-checkpointing",
+                "on",
+            ]
+        )
+        == 0
+    )
 
 
 def test_the_estimate_counts_what_the_model_holds(tmp_path):
@@ -361,16 +747,27 @@ def test_the_estimate_counts_what_the_model_holds(tmp_path):
         write_checkpoint(tmp_path / family, family, heads=4, kv=2)
         for rank in (0, 4):
             cfg = dataclasses.replace(CFG, lora_rank=rank, model=str(tmp_path / family))
-            policy, _ = agrpo.load_policy(cfg.model, "cpu", cfg, train=True)
-            total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or everything) for everything in (True, False))
-            norms_and_biases = 0.02 * total                                          # q_norm, k_norm, biases are left out
-            assert abs(models.parameter_count(policy.model.config) + (models.adapter_count(policy.model.config, rank) if rank else 0) - total) < norms_and_biases
-            cost = models.estimate(policy.model.config, cfg, 100, half=False)
-            assert cost["trained"] == pytest.approx((16 if rank else 12) * trained / 1e9, rel=0.02)
+            policy, _ = load(cfg.model, cfg, train=True)
+            total, trained = (
+                sum(p.numel() for p in policy.parameters() if p.requires_grad or everything)
+                for everything in (True, False)
+            )
+            norms_and_biases = 0.02 * total  # q_norm, k_norm, biases are left out
+            assert (
+                abs(
+                    cost.parameter_count(policy.model.config)
+                    + (cost.adapter_count(policy.model.config, rank) if rank else 0)
+                    - total
+                )
+                < norms_and_biases
+            )
+            found = cost.estimate(policy.model.config, cfg, 100, half=False)
+            assert found["trained"] == pytest.approx((16 if rank else 12) * trained / 1e9, rel=0.02)
 
 
 def test_report_to_hands_every_row_to_the_tracker(job, monkeypatch):
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
     seen = []
 
     class Fake(GeneralTracker):
@@ -387,13 +784,27 @@ def test_report_to_hands_every_row_to_the_tracker(job, monkeypatch):
 
         def finish(self):
             seen.append(("end",))
+
     import accelerate
+
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Fake)
-    monkeypatch.setattr(agrpo, "find_spec", lambda name: True)
-    monkeypatch.setattr(accelerate.accelerator, "filter_trackers", lambda log_with, *rest: [log_with] if isinstance(log_with, str) else log_with)
+    monkeypatch.setattr(options, "find_spec", lambda name: True)
+    monkeypatch.setattr(
+        accelerate.accelerator,
+        "filter_trackers",
+        lambda log_with, *rest: [log_with] if isinstance(log_with, str) else log_with,
+    )
     assert agrpo.main([*JOB, "--name", "x", "--max-steps", "3", "--report-to", "tensorboard"]) == 0
-    assert [s for s, *_ in seen] == ["start", "config", 0, 1, 2, "end"] and "runs/x" in seen[0][1] and seen[1][1] == 4
-    assert {"reward", "grad_norm", "skipped", "nfe"} <= set(seen[2][1]) and "heldout" not in seen[2][1] and "heldout" in seen[3][1]
+    assert (
+        [s for s, *_ in seen] == ["start", "config", 0, 1, 2, "end"]
+        and "runs/x" in seen[0][1]
+        and seen[1][1] == 4
+    )
+    assert (
+        {"reward", "grad_norm", "skipped", "nfe"} <= set(seen[2][1])
+        and "heldout" not in seen[2][1]
+        and "heldout" in seen[3][1]
+    )
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_model_is_there(job, capsys):
@@ -401,25 +812,41 @@ def test_overwrite_keeps_the_old_run_until_the_new_model_is_there(job, capsys):
     before = {f: f.read_bytes() for f in Path("runs/x").rglob("*") if f.is_file()}
     shutil.copytree("model", "broken")
     next(Path("broken").glob("*.safetensors")).write_bytes(b"garbage")
-    for model, word in (("broken", "broken"), ("runs/x", "would delete"), ("runs/x/model", "would delete")):
+    for model, word in (
+        ("broken", "broken"),
+        ("runs/x", "would delete"),
+        ("runs/x/model", "would delete"),
+    ):
         capsys.readouterr()
         assert agrpo.main([*JOB, "--model", model, "--name", "x", "--overwrite"]) == 2
         out, err = capsys.readouterr()
         assert word in err and err.count("\n") == 1
     assert before == {f: f.read_bytes() for f in Path("runs/x").rglob("*") if f.is_file()}
-    assert agrpo.main([*JOB, "--model", "broken", "--name", "y"]) == 2 and not Path("runs/y").exists()
-    assert agrpo.main([*JOB, "--name", "new", "--overwrite", "--max-steps", "0"]) == 0                                   # nothing there to replace
+    assert (
+        agrpo.main([*JOB, "--model", "broken", "--name", "y"]) == 2 and not Path("runs/y").exists()
+    )
+    assert (
+        agrpo.main([*JOB, "--name", "new", "--overwrite", "--max-steps", "0"]) == 0
+    )  # nothing there to replace
 
 
 def test_an_adapter_keeps_its_rank_and_what_cannot_work_is_said_first(job, capsys):
     assert agrpo.main([*JOB, "--name", "x", "--max-steps", "1"]) == 0
-    cfg, _ = agrpo.parse(["--task", "gsm8k", "--model", "runs/x", "--data", "sums.jsonl", "--device", "cpu"])
-    assert (cfg.lora_rank, cfg.lora_alpha) == (4, 64.0)                                # the recipe's 64 does not apply
+    cfg, _ = evaluation.parse(
+        ["--task", "gsm8k", "--model", "runs/x", "--data", "sums.jsonl", "--device", "cpu"]
+    )
+    assert (cfg.lora_rank, cfg.lora_alpha) == (4, 64.0)  # the recipe's 64 does not apply
     bare, template, tied = "model/tokenizer.json", "model/chat_template.jinja", "model/config.json"
-    cases = [(["--model", "runs/x", "--lora-rank", "8"], None, "", "lora_rank 4"), (["--lora-rank", "0", "--fsdp", "on"], None, "", "several processes"),
-             ([], bare, None, "vocab.json"), ([], template, '{{ "" }}', "chat template"), ([], template, "{% if messages|length > 1 %}{{ raise('x') }}{% endif %}?", "raise"),
-             ([], tied, '{"model_type": "llada"', "config.json"), (["--model", "m" * 5000], None, "", "name"), (["--merge", ""], None, "", "exists"),
-             (["--model", "unfinished"], None, "", "not finished")]
+    cases = [
+        (["--model", "runs/x", "--lora-rank", "8"], None, "", "lora_rank 4"),
+        ([], bare, None, "vocab.json"),
+        ([], template, '{{ "" }}', "chat template"),
+        ([], template, "{% if messages|length > 1 %}{{ raise('x') }}{% endif %}?", "raise"),
+        ([], tied, '{"model_type": "llada"', "config.json"),
+        (["--model", "m" * 5000], None, "", "name"),
+        (["--merge", ""], None, "", "exists"),
+        (["--model", "unfinished"], None, "", "not finished"),
+    ]
     Path("unfinished").mkdir()
     Path("unfinished/config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
     for flags, file, text, word in cases:
@@ -427,7 +854,14 @@ def test_an_adapter_keeps_its_rank_and_what_cannot_work_is_said_first(job, capsy
         if file:
             Path(file).unlink() if text is None else Path(file).write_text(text)
         capsys.readouterr()
-        assert agrpo.main([*JOB[:8], "--name", "new", *flags] if "--lora-rank" not in flags else ["--task", "gsm8k", "--model", "model", "--device", "cpu", *flags]) == 2
+        assert (
+            agrpo.main(
+                [*JOB[:8], "--name", "new", *flags]
+                if "--lora-rank" not in flags
+                else ["--task", "gsm8k", "--model", "model", "--device", "cpu", *flags]
+            )
+            == 2
+        )
         out, err = capsys.readouterr()
         assert word in err and err.count("\n") == 1 and not Path("runs/new").exists(), (flags, err)
         if file:
@@ -437,23 +871,62 @@ def test_an_adapter_keeps_its_rank_and_what_cannot_work_is_said_first(job, capsy
 def test_the_precision_of_a_gpu_trains_too(job, monkeypatch):
     """The mixture that a GPU gets (bfloat16 base, float32 head and adapters, autocast), on the CPU: no clash of types, and the laws of float32
     within the rounding of bfloat16."""
-    autocast, load = torch.autocast, agrpo.load_model
-    exact, tokenizer = agrpo.load_policy("model", "cpu")
-    monkeypatch.setattr(agrpo, "load_model", lambda checkpoint, dtype, *rest: load(checkpoint, torch.bfloat16, *rest))
-    monkeypatch.setattr(torch, "autocast", lambda kind, dtype=None, enabled=True, **more:
-                        autocast(kind, dtype, enabled=enabled or dtype == torch.bfloat16, **more))       # ours, not those of transformers
-    cfg = agrpo.parse([*JOB, "--gradient-checkpointing", "on", "--temperature", "0.6", "--top-k", "50", "--top-p", "0.99"])[0]
-    policy, _ = agrpo.load_policy("model", "cpu", cfg, train=True)
+    autocast, load_model = torch.autocast, checkpoints.load_model
+    exact, tokenizer = load("model")
+    monkeypatch.setattr(
+        checkpoints,
+        "load_model",
+        lambda about, dtype, *rest: load_model(about, torch.bfloat16, *rest),
+    )
+    monkeypatch.setattr(
+        torch,
+        "autocast",
+        lambda kind, dtype=None, enabled=True, **more: autocast(
+            kind, dtype, enabled=enabled or dtype == torch.bfloat16, **more
+        ),
+    )  # ours, not those of transformers
+    cfg = evaluation.parse(
+        [
+            *JOB,
+            "--gradient-checkpointing",
+            "on",
+            "--temperature",
+            "0.6",
+            "--top-k",
+            "50",
+            "--top-p",
+            "0.99",
+        ]
+    )[0]
+    policy, _ = load("model", cfg, train=True)
     policy.model.get_output_embeddings().float()
-    kinds = {name.split(".")[-2] if "lora" not in name else "lora": p.dtype for name, p in policy.named_parameters()}
-    assert kinds["lora"] == kinds["lm_head"] == torch.float32 and kinds["embed_tokens"] == torch.bfloat16
+    kinds = {
+        name.split(".")[-2] if "lora" not in name else "lora": p.dtype
+        for name, p in policy.named_parameters()
+    }
+    assert (
+        kinds["lora"] == kinds["lm_head"] == torch.float32
+        and kinds["embed_tokens"] == torch.bfloat16
+    )
     g = torch.Generator().manual_seed(0)
-    prompt, state = torch.randint(200, (3, 7), generator=g), torch.randint(200, (3, 16), generator=g)
+    prompt, state = (
+        torch.randint(200, (3, 7), generator=g),
+        torch.randint(200, (3, 16), generator=g),
+    )
     with torch.no_grad():
-        a, b = (p.logits(prompt, torch.ones_like(prompt), state, state >= 0).log_softmax(-1).nan_to_num(neginf=0) for p in (policy, exact))
+        a, b = (
+            p.logits(prompt, torch.ones_like(prompt), state, state >= 0)
+            .log_softmax(-1)
+            .nan_to_num(neginf=0)
+            for p in (policy, exact)
+        )
     assert a.dtype == torch.float32 and 0 < (a - b).abs().mean() < 0.05
     optimizer = agrpo.make_optimizer(policy, cfg)
     examples = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(8)]
     for step in range(2):
-        row = agrpo.train_step(policy, tokenizer, optimizer, examples, step, cfg)
-        assert row["skipped"] == 0 and row["grad_norm"] > 0 and row["ratio"] == pytest.approx(1, abs=0.05)
+        row = train_step(policy, tokenizer, optimizer, examples, step, cfg)
+        assert (
+            row["skipped"] == 0
+            and row["grad_norm"] > 0
+            and row["ratio"] == pytest.approx(1, abs=0.05)
+        )

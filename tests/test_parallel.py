@@ -1,5 +1,6 @@
 """Protects training by several processes: the gradient of one process, one log, one checkpoint, with adapters, in full, and with sharded
 weights. Two processes on the CPU (gloo). Run: pytest tests/test_parallel.py"""
+
 import csv
 import os
 import signal
@@ -20,8 +21,26 @@ AGRPO = str(HERE.parent / "agrpo.py")
 def start(*command, processes=2, **more):
     """A Popen of the script, alone or by torchrun; standard output and error in .out, .err files would hide hangs: they are piped."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen([*launcher, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+    )
+    return subprocess.Popen(
+        [*launcher, *map(str, command)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
 
 
 def run(*command, processes=2):
@@ -30,35 +49,63 @@ def run(*command, processes=2):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("kind, prompts", [("lora", 4), ("full", 3), ("fsdp", 3), ("value", 3), ("controller", 3), ("sft", 3)])
+@pytest.mark.parametrize(
+    "kind, prompts", [("lora", 4), ("full", 3), ("value", 3), ("controller", 3), ("sft", 3)]
+)
 def test_two_processes_give_the_gradient_of_one(tmp_path, kind, prompts):
     """3 prompts do not divide: shares and numbers of passes differ between the processes."""
     write_checkpoint(tmp_path / "m", "llada")
     for n in (1, 2):
-        code, out, err = run(HERE / "parallel.py", tmp_path / "m", tmp_path / f"{n}.pt", "full" if n == 1 and kind == "fsdp" else kind, prompts, processes=n)
+        code, out, err = run(
+            HERE / "parallel.py", tmp_path / "m", tmp_path / f"{n}.pt", kind, prompts, processes=n
+        )
         assert code == 0, err
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     for part in ("grads", "after"):
         a, b = (torch.cat([v.flatten() for v in x[part].values()]) for x in (one, two))
-        assert a.norm() > 0.1 and (a - b).norm() < 1e-6 * a.norm() and one[part].keys() == two[part].keys()
-    assert one["row"].keys() == two["row"].keys() and one["row"]["grad_norm"] == pytest.approx(two["row"]["grad_norm"], rel=1e-6)
+        assert (
+            a.norm() > 0.1
+            and (a - b).norm() < 1e-6 * a.norm()
+            and one[part].keys() == two[part].keys()
+        )
+    assert one["row"].keys() == two["row"].keys() and one["row"]["grad_norm"] == pytest.approx(
+        two["row"]["grad_norm"], rel=1e-6
+    )
     if kind == "sft":
         assert one["row"]["loss"] == pytest.approx(two["row"]["loss"], rel=1e-9)
         return
-    assert one["row"]["passes"] == two["row"]["passes"] > 0 and one["row"]["reward"] == two["row"]["reward"]
-    assert two["row"]["ratio"] == pytest.approx(one["row"]["ratio"]) and (kind == "value" or one["row"]["ratio"] == pytest.approx(1.0))
+    assert (
+        one["row"]["passes"] == two["row"]["passes"] > 0
+        and one["row"]["reward"] == two["row"]["reward"]
+    )
+    assert two["row"]["ratio"] == pytest.approx(one["row"]["ratio"]) and (
+        kind == "value" or one["row"]["ratio"] == pytest.approx(1.0)
+    )
 
 
 def log_of(name):
     with open(f"runs/{name}/log.csv") as f:
-        return [{k: float(v or 0) for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in csv.DictReader(f)]
+        return [
+            {k: float(v or 0) for k, v in row.items() if "seconds" not in k and "memory" not in k}
+            for row in csv.DictReader(f)
+        ]
 
 
-@pytest.mark.parametrize("fsdp", ["off", "on"])
-def test_a_run_by_two_processes_has_one_log_and_one_checkpoint_and_resumes(here, fsdp):
-    flags = [*QUICK, "--base-steps", "60", "--base-batch", "16", "--eval-examples", "9", "--prompts", "3"]       # able to solve some
+@pytest.mark.whole
+def test_a_run_by_two_processes_has_one_log_and_one_checkpoint_and_resumes(here):
+    flags = [
+        *QUICK,
+        "--base-steps",
+        "60",
+        "--base-batch",
+        "16",
+        "--eval-examples",
+        "9",
+        "--prompts",
+        "3",
+    ]  # able to solve some
     assert run(AGRPO, *flags, "--max-steps", "4", "--name", "one", processes=1)[0] == 0
-    code, out, err = run(AGRPO, *flags, "--max-steps", "2", "--name", "two", "--fsdp", fsdp)
+    code, out, err = run(AGRPO, *flags, "--max-steps", "2", "--name", "two")
     assert code == 0 and out.count("held-out examples, greedy") == 1, err
     code, out, err = run(AGRPO, "--resume", "--max-steps", "4", "--name", "two")
     assert code == 0, err
@@ -67,11 +114,15 @@ def test_a_run_by_two_processes_has_one_log_and_one_checkpoint_and_resumes(here,
     assert all(a == pytest.approx(b, rel=1e-4, abs=1e-6) for a, b in zip(one, two))
     a, b = (torch.load(f"runs/{n}/checkpoint.pt", weights_only=True) for n in ("one", "two"))
     assert all(torch.allclose(a["model"][k], b["model"][k], atol=1e-5) for k in a["model"])
-    assert not list(Path("runs/two").glob("*.partial")) and (Path("runs/two/model/model.safetensors")).is_file()
+    assert (
+        not list(Path("runs/two").glob("*.partial"))
+        and (Path("runs/two/model/model.safetensors")).is_file()
+    )
     code, out, err = run(AGRPO, "--resume", "--name", "two", "--lr", "7")
     assert code != 0 and err.count("agrpo: ") == 1 and "lr=7.0" in err
 
 
+@pytest.mark.whole
 def test_sigterm_to_the_launcher_leaves_a_checkpoint(here):
     process = start(AGRPO, *QUICK, "--name", "x", "--max-steps", "100000")
     deadline = time.time() + 120

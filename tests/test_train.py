@@ -1,5 +1,6 @@
 """Protects the loop on a real (tiny, stock transformers) model: one update per rollout, padding, determinism, resume, the
 run folder, bad input. Run: pytest tests/test_train.py"""
+
 import csv
 import dataclasses
 import json
@@ -15,16 +16,20 @@ import pytest
 import torch
 
 import agrpo
-import eval as run_folder
+import eval as evaluation
+from methods import models, sft
 from rewards import TASKS, grade, reward_parts
+from support import checkpoints, runs
+from support import tiny as tiny_models
+from tools import Settings, exact_loss, load, train_step
 
 AGRPO = str(Path(agrpo.__file__).resolve())
-CFG = agrpo.Config(prompts=2, completions=4, base_hidden=32, base_layers=2)
+CFG = Settings(prompts=2, completions=4, base_hidden=32, base_layers=2)
 
 
 def tiny(cfg=CFG, dtype=torch.float64):
-    tokenizer = agrpo.tiny_tokenizer()
-    model = agrpo.tiny_model(tokenizer, cfg).to(dtype)
+    tokenizer = tiny_models.tiny_tokenizer()
+    model = tiny_models.tiny_model(tokenizer, cfg).to(dtype)
     return agrpo.Policy(model, tokenizer.mask_token_id, tokenizer.eos_token_id), tokenizer
 
 
@@ -35,7 +40,7 @@ def examples(task="sudoku", n=16):
 def rolled(cfg=CFG, task="sudoku"):
     policy, tokenizer = tiny(cfg)
     batch = [ex for ex in examples(task, cfg.prompts) for _ in range(cfg.completions)]
-    traj, texts = agrpo.generate(policy, tokenizer, cfg, batch, [(i,) for i in range(len(batch))])
+    traj, texts = models.generate(policy, tokenizer, batch, [(i,) for i in range(len(batch))], cfg)
     return policy, tokenizer, batch, traj, texts
 
 
@@ -44,14 +49,23 @@ class Watched(torch.optim.SGD):
 
     def step(self, closure=None):
         self.steps += 1
-        self.grads = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.grads = [
+            p.grad.clone()
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         return super().step(closure)
 
 
 @pytest.fixture
 def varied_reward(monkeypatch):
     """An untrained model solves nothing: reward something that varies, so that there is a gradient."""
-    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)})
+    monkeypatch.setattr(
+        models,
+        "reward_parts",
+        lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)},
+    )
 
 
 @pytest.mark.parametrize("unmasking", ["confidence", "low_confidence", "plackett_luce"])
@@ -59,10 +73,12 @@ def test_one_optimizer_step_and_one_gradient_whatever_the_tokens_per_pass(unmask
     seen = []
     for tokens in (1, 200, 100_000):
         for K in (2, 8):
-            cfg = dataclasses.replace(CFG, tokens_per_pass=tokens, mc_steps=K, unmasking=unmasking, max_grad_norm=1e9)
+            cfg = dataclasses.replace(
+                CFG, tokens_per_pass=tokens, mc_steps=K, unmasking=unmasking, max_grad_norm=1e9
+            )
             policy, tokenizer = tiny(cfg)
             optimizer = Watched(policy.model.parameters(), lr=0.1)
-            agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, cfg)
+            train_step(policy, tokenizer, optimizer, examples(), 0, cfg)
             assert optimizer.steps == 1
             seen.append((K, torch.cat([g.flatten() for g in optimizer.grads])))
     for K in (2, 8):
@@ -76,7 +92,7 @@ def test_ratio_is_one_at_the_first_update_with_dropout_in_the_model():
     policy.model.config.attention_dropout = 0.5
     for layer in policy.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    _, ratio = agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, None, cfg, policy.mask_id, None), torch.ones(8).double(), cfg)
+    _, ratio = exact_loss(policy, traj, torch.ones(8).double(), cfg)
     assert (ratio - 1).abs().max() < 1e-9
 
 
@@ -84,76 +100,124 @@ def test_a_padded_row_scores_and_samples_as_it_does_alone():
     policy, tokenizer = tiny()
     cfg = dataclasses.replace(CFG, completion_length=12, block_length=4, steps=6)
     texts = ["7", "1,2,3=9", "10,11,12=99"]
-    prompt, mask = agrpo.encode_prompts(tokenizer, [(t, "") for t in texts])
-    assert (mask == 0).any(1).tolist() == [True, True, False] and (mask[:, -1] == 1).all()         # left padded
+    prompt, mask = checkpoints.encode_prompts(tokenizer, [(t, "") for t in texts])
+    assert (mask == 0).any(1).tolist() == [True, True, False] and (
+        mask[:, -1] == 1
+    ).all()  # left padded
     together = agrpo.rollout(policy, prompt, mask, cfg, [(i,) for i in range(3)])
     for i, text in enumerate(texts):
-        alone = agrpo.rollout(policy, *agrpo.encode_prompts(tokenizer, [(text, "")]), cfg, [(i,)])
-        assert torch.equal(alone.tokens[0], together.tokens[i]) and torch.equal(alone.reveal_step[0], together.reveal_step[i])
-        assert torch.allclose(alone.logp[0], together.logp[i], atol=1e-5)                           # rotary angles are float32
+        alone = agrpo.rollout(
+            policy, *checkpoints.encode_prompts(tokenizer, [(text, "")]), cfg, [(i,)]
+        )
+        assert torch.equal(alone.tokens[0], together.tokens[i]) and torch.equal(
+            alone.reveal_step[0], together.reveal_step[i]
+        )
+        assert torch.allclose(
+            alone.logp[0], together.logp[i], atol=1e-5
+        )  # rotary angles are float32
 
 
 def test_the_denoiser_sees_both_sides():
     policy, tokenizer = tiny()
-    prompt, mask = agrpo.encode_prompts(tokenizer, [("12", "")])
+    prompt, mask = checkpoints.encode_prompts(tokenizer, [("12", "")])
     state, where = torch.full((1, 8), 30), torch.zeros(1, 8, dtype=torch.bool)
     where[0, 0] = True
     before = policy.logits(prompt, mask, state, where)
-    state[0, 7] = 31                                                                                # far to the right
-    assert (policy.logits(prompt, mask, state, where) - before)[:, :policy.mask_id].abs().max() > 1e-6
-    assert float(before[0, policy.mask_id].detach()) == -float("inf") and before.shape == (1, len(tokenizer))
+    state[0, 7] = 31  # far to the right
+    assert (policy.logits(prompt, mask, state, where) - before)[
+        :, : policy.mask_id
+    ].abs().max() > 1e-6
+    assert float(before[0, policy.mask_id].detach()) == -float("inf") and before.shape == (
+        1,
+        len(tokenizer),
+    )
 
 
 def test_rewards_meet_their_own_examples_and_texts_end_at_eos():
-    policy, tokenizer, batch, traj, texts = rolled(task="countdown", cfg=dataclasses.replace(CFG, task="countdown"))
+    policy, tokenizer, batch, traj, texts = rolled(
+        task="countdown", cfg=dataclasses.replace(CFG, task="countdown")
+    )
     cfg = dataclasses.replace(CFG, task="countdown")
-    log = agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.0), examples("countdown"), 3, cfg)
+    log = train_step(
+        policy,
+        tokenizer,
+        torch.optim.SGD(policy.model.parameters(), lr=0.0),
+        examples("countdown"),
+        3,
+        cfg,
+    )
     again = [ex for ex in agrpo.batch_of_examples(examples("countdown"), 3, cfg) for _ in range(4)]
-    _, texts = agrpo.generate(policy, tokenizer, cfg, again, [("rollout", 0, 3, i) for i in range(8)])
-    assert log["reward"] == pytest.approx(np.mean([sum(reward_parts("countdown", t, ex).values()) for t, ex in zip(texts, again)]))
-    policy.eos_id = int(traj.tokens[0, 3])                                           # as if this one ended after three
-    traj, texts = agrpo.generate(policy, tokenizer, cfg, batch, [(i,) for i in range(len(batch))])
+    _, texts = models.generate(
+        policy, tokenizer, again, [("rollout", 0, 3, i) for i in range(8)], cfg
+    )
+    assert log["reward"] == pytest.approx(
+        np.mean([sum(reward_parts("countdown", t, ex).values()) for t, ex in zip(texts, again)])
+    )
+    policy.eos_id = int(traj.tokens[0, 3])  # as if this one ended after three
+    traj, texts = models.generate(policy, tokenizer, batch, [(i,) for i in range(len(batch))], cfg)
     for row, text in zip(traj.tokens.tolist(), texts):
-        assert text == tokenizer.decode(row[:row.index(policy.eos_id)] if policy.eos_id in row else row)
+        assert text == tokenizer.decode(
+            row[: row.index(policy.eos_id)] if policy.eos_id in row else row
+        )
     assert any(policy.eos_id in row for row in traj.tokens.tolist())
 
 
 def test_every_example_is_used_once_per_pass_over_the_data():
     cfg, data = dataclasses.replace(CFG, prompts=3), list(range(10))
     drawn = [x for step in range(10) for x in agrpo.batch_of_examples(data, step, cfg)]
-    assert all(sorted(drawn[i:i + 10]) == data for i in range(0, 30, 10)) and drawn[:10] != drawn[10:20]
+    assert (
+        all(sorted(drawn[i : i + 10]) == data for i in range(0, 30, 10))
+        and drawn[:10] != drawn[10:20]
+    )
 
 
 def test_the_learning_rate_warms_up_and_decays():
     cfg = dataclasses.replace(CFG, lr=1.0, warmup=4, decay_steps=100)
-    assert [agrpo.learning_rate(s, dataclasses.replace(cfg, decay_steps=0)) for s in (0, 1, 3, 50)] == [0.25, 0.5, 1.0, 1.0]
-    assert agrpo.learning_rate(50, cfg) == pytest.approx(0.5) and agrpo.learning_rate(100, cfg) == pytest.approx(0.0)
+    assert [
+        agrpo.learning_rate(s, dataclasses.replace(cfg, decay_steps=0)) for s in (0, 1, 3, 50)
+    ] == [0.25, 0.5, 1.0, 1.0]
+    assert agrpo.learning_rate(50, cfg) == pytest.approx(0.5) and agrpo.learning_rate(
+        100, cfg
+    ) == pytest.approx(0.0)
 
 
 def test_every_step_draws_anew(varied_reward):
     policy, tokenizer = tiny()
-    same = examples()[:1] * 2                                                        # one example: only the random numbers differ
-    still, cfg = torch.optim.SGD(policy.model.parameters(), lr=0.0), dataclasses.replace(CFG, lr=0.0)
-    rows = [agrpo.train_step(policy, tokenizer, still, same, step, cfg) for step in (0, 1, 0)]
-    assert rows[0]["entropy"] == rows[2]["entropy"] != rows[1]["entropy"] and rows[0]["grad_norm"] == rows[2]["grad_norm"]
+    same = examples()[:1] * 2  # one example: only the random numbers differ
+    still, cfg = (
+        torch.optim.SGD(policy.model.parameters(), lr=0.0),
+        dataclasses.replace(CFG, lr=0.0),
+    )
+    rows = [train_step(policy, tokenizer, still, same, step, cfg) for step in (0, 1, 0)]
+    assert (
+        rows[0]["entropy"] == rows[2]["entropy"] != rows[1]["entropy"]
+        and rows[0]["grad_norm"] == rows[2]["grad_norm"]
+    )
 
 
 @pytest.mark.parametrize("timesteps", ["batch_gradient", "stratified"])
 def test_zero_advantage_groups_cost_no_pass_and_change_no_gradient(monkeypatch, timesteps):
     policy, tokenizer = tiny()
     cfg = dataclasses.replace(CFG, timesteps=timesteps)
-    monkeypatch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: {"correct": 1.0})
+    monkeypatch.setattr(models, "reward_parts", lambda task, text, ex, weights: {"correct": 1.0})
     optimizer = Watched(policy.model.parameters(), lr=1.0)
-    row = agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, cfg)
-    assert row["passes"] == 0 and row["ratio"] == 1 and row["grad_norm"] == 0 and optimizer.grads == []
+    row = train_step(policy, tokenizer, optimizer, examples(), 0, cfg)
+    assert (
+        row["passes"] == 0 and row["ratio"] == 1 and row["grad_norm"] == 0 and optimizer.grads == []
+    )
 
 
 def test_the_global_generator_is_left_alone(varied_reward):
     policy, tokenizer = tiny()
     before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    agrpo.train_step(policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.1), examples(), 0, CFG)
-    agrpo.tiny_model(tokenizer, CFG)
-    assert torch.equal(torch.random.get_rng_state(), before) and (np.random.get_state()[1] == numpy_before).all()
+    train_step(
+        policy, tokenizer, torch.optim.SGD(policy.model.parameters(), lr=0.1), examples(), 0, CFG
+    )
+    tiny_models.tiny_model(tokenizer, CFG)
+    assert (
+        torch.equal(torch.random.get_rng_state(), before)
+        and (np.random.get_state()[1] == numpy_before).all()
+    )
 
 
 def test_steps_raise_the_likelihood_of_rewarded_completions():
@@ -167,7 +231,7 @@ def test_steps_raise_the_likelihood_of_rewarded_completions():
 
     before, optimizer = score(), torch.optim.SGD(policy.model.parameters(), lr=0.05)
     for _ in range(3):
-        agrpo.policy_loss(policy, traj, agrpo.exact_views(traj, None, cfg, policy.mask_id, None), adv, cfg)[0].backward()
+        exact_loss(policy, traj, adv, cfg)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert score() > before + 1e-3
@@ -177,15 +241,17 @@ def sum_logp(policy, traj, cfg):
     with torch.no_grad():
         v = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
         logp, _ = agrpo.step_logp(policy, traj, v, cfg)
-        return torch.zeros(len(traj.tokens), dtype=logp.dtype).index_add(0, v.row[v.target.nonzero(as_tuple=True)[0]], logp)
+        return torch.zeros(len(traj.tokens), dtype=logp.dtype).index_add(
+            0, v.row[v.target.nonzero(as_tuple=True)[0]], logp
+        )
 
 
 def test_sft_loss_is_equation_8():
     """Against the definition, position by position, and its mean over t against the exact expectation at t integrated out."""
     policy, tokenizer = tiny()
-    prompt, mask = agrpo.encode_prompts(tokenizer, [("12", ""), ("34", "")])
+    prompt, mask = checkpoints.encode_prompts(tokenizer, [("12", ""), ("34", "")])
     tokens = torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33]])
-    got = agrpo.sft_loss(policy, prompt, mask, tokens, agrpo.generator("x"))
+    got = sft.sft_loss(policy, prompt, mask, tokens, agrpo.generator("x"))
     g, total = agrpo.generator("x"), 0.0
     t = 1 - (torch.arange(2)[:, None] + torch.rand(2, 1, generator=g)) / 2
     is_masked = torch.rand(2, 4, generator=g) < t
@@ -193,7 +259,9 @@ def test_sft_loss_is_equation_8():
         for j in range(4):
             if is_masked[i, j]:
                 state = torch.where(is_masked[i], policy.mask_id, tokens[i])[None]
-                z = policy.logits(prompt[i:i + 1], mask[i:i + 1], state, torch.ones(1, 4, dtype=torch.bool))[j]
+                z = policy.logits(
+                    prompt[i : i + 1], mask[i : i + 1], state, torch.ones(1, 4, dtype=torch.bool)
+                )[j]
                 total += -float(z.detach().log_softmax(-1)[tokens[i, j]]) / float(t[i])
     assert float(got.detach()) == pytest.approx(total / 8, rel=1e-6)
 
@@ -201,7 +269,10 @@ def test_sft_loss_is_equation_8():
 # ------------------------------------------------------------------------------------------------ runs, resume, bad input
 def rows_of(name):
     with open(f"runs/{name}/log.csv") as f:
-        return [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in csv.DictReader(f)]
+        return [
+            {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k}
+            for row in csv.DictReader(f)
+        ]
 
 
 def weights_of(name):
@@ -210,26 +281,40 @@ def weights_of(name):
 
 def same_state(a, b):
     return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and all(
-        torch.equal(x, b["optimizer"]["state"][i][k]) for i, s in a["optimizer"]["state"].items() for k, x in s.items())
+        torch.equal(x, b["optimizer"]["state"][i][k])
+        for i, s in a["optimizer"]["state"].items()
+        for k, x in s.items()
+    )
 
 
-@pytest.mark.parametrize("extra", [[], ["--task", "countdown", "--unmasking", "random", "--eval-steps", "6,3"]], ids=["sudoku", "countdown"])
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["--task", "countdown", "--unmasking", "random", "--eval-steps", "6,3"]],
+    ids=["sudoku", "countdown"],
+)
 def test_two_steps_resume_two_steps_equal_four_to_the_bit(here, quick, extra):
     assert agrpo.main([*quick, *extra, "--name", "four", "--max-steps", "4"]) == 0
     assert agrpo.main([*quick, *extra, "--name", "halves", "--max-steps", "2"]) == 0
     log = Path("runs/halves/log.csv")
     whole = log.read_text()
-    assert log.write_text(whole.replace("\n", "\n", 1) + whole.splitlines()[1].replace("0,", "2,", 1) + "\n3,0.5,0")   # what a kill leaves
+    assert log.write_text(
+        whole.replace("\n", "\n", 1) + whole.splitlines()[1].replace("0,", "2,", 1) + "\n3,0.5,0"
+    )  # what a kill leaves
     assert agrpo.main(["--name", "halves", "--resume", "--max-steps", "4", *extra[:2]]) == 0
     assert same_state(weights_of("four"), weights_of("halves"))
     steps = [(r["step"], r["reward"], r["grad_norm"], r["entropy"]) for r in rows_of("halves")]
-    assert steps == [(r["step"], r["reward"], r["grad_norm"], r["entropy"]) for r in rows_of("four")] and len(steps) == 4
+    assert (
+        steps == [(r["step"], r["reward"], r["grad_norm"], r["entropy"]) for r in rows_of("four")]
+        and len(steps) == 4
+    )
     a, b = (json.loads(Path(f"runs/{n}/summary.json").read_text()) for n in ("four", "halves"))
     assert a["trained"] == b["trained"] and a["by_steps"] == b["by_steps"]
     before = Path("runs/four/config.json").read_text()
-    assert agrpo.main(["--name", "four", "--resume", "--max-steps", "2", *extra[:2]]) == 2         # it has done more: nothing is touched
+    assert (
+        agrpo.main(["--name", "four", "--resume", "--max-steps", "2", *extra[:2]]) == 2
+    )  # it has done more: nothing is touched
     assert Path("runs/four/config.json").read_text() == before and len(rows_of("four")) == 4
-    Path("runs/four/log.csv").unlink()                                               # the checkpoint says so, not the log
+    Path("runs/four/log.csv").unlink()  # the checkpoint says so, not the log
     assert agrpo.main(["--name", "four", "--resume", "--max-steps", "3", *extra[:2]]) == 2
 
 
@@ -237,57 +322,189 @@ def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, q
     assert agrpo.main([*quick, "--name", "x", "--max-steps", "2"]) == 0
     folder = Path("runs/x")
     names = {p.name for p in folder.iterdir()}
-    assert names >= {"config.json", "log.csv", "curve.png", "frontier.png", "samples.txt", "model", "checkpoint.pt", "summary.json"}
+    assert names >= {
+        "config.json",
+        "log.csv",
+        "curve.png",
+        "frontier.png",
+        "samples.txt",
+        "model",
+        "checkpoint.pt",
+        "summary.json",
+    }
     assert not [n for n in names if n.endswith(".partial")]
     summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary) >= {"task", "model", "seed", "base", "trained", "by_steps", "seconds", "peak_memory_mb"}
-    assert set(summary["seconds"]) == {"base_model", "rollout", "update", "eval", "total"} and set(summary["base"]) == {"solved", "n", "ci95"}
-    assert [set(x) for x in summary["by_steps"]] == [{"steps", "nfe", "base", "trained", "base_nfe"}] * 2
-    policy, tokenizer = agrpo.load_policy(str(folder / "model"), "cpu")
+    assert set(summary) >= {
+        "task",
+        "model",
+        "seed",
+        "base",
+        "trained",
+        "by_steps",
+        "seconds",
+        "peak_memory_mb",
+    }
+    assert set(summary["seconds"]) == {"base_model", "rollout", "update", "eval", "total"} and set(
+        summary["base"]
+    ) == {"solved", "n", "ci95"}
+    assert [set(x) for x in summary["by_steps"]] == [
+        {"steps", "nfe", "base", "trained", "base_nfe"}
+    ] * 2
+    policy, tokenizer = load(folder / "model")
     saved = weights_of("x")["model"]
     assert all(torch.equal(v, saved[f"model.{k}"]) for k, v in policy.model.state_dict().items())
     capsys.readouterr()
-    assert run_folder.main(["--model", "runs/x", "--task", "sudoku", "--limit", "8", "--steps", "4,2", "--out", "e.jsonl", "--device", "cpu"]) == 0
+    assert (
+        evaluation.main(
+            [
+                "--model",
+                "runs/x",
+                "--task",
+                "sudoku",
+                "--limit",
+                "8",
+                "--steps",
+                "4,2",
+                "--out",
+                "e.jsonl",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     result = json.loads(Path("e.json").read_text())["results"]
-    assert result[0]["solved"] == summary["by_steps"][0]["trained"] and result[0]["nfe"] == 4.0 and Path("e.png").is_file()
+    assert (
+        result[0]["solved"] == summary["by_steps"][0]["trained"]
+        and result[0]["nfe"] == 4.0
+        and Path("e.png").is_file()
+    )
     assert "NFE" in capsys.readouterr().out
 
 
-def test_prompt_weights_and_overlong_penalty_reach_the_rewards_and_the_evaluation(here, quick, monkeypatch):
+def test_prompt_weights_and_overlong_penalty_reach_the_rewards_and_the_evaluation(
+    here, quick, monkeypatch
+):
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
-    asked, parts_of, encode = [], agrpo.reward_parts, agrpo.encode_prompts
+    asked, parts_of, encode = [], models.reward_parts, checkpoints.encode_prompts
     with monkeypatch.context() as patch:
-        patch.setattr(agrpo, "encode_prompts", lambda tokenizer, prompts: asked.extend(prompts) or encode(tokenizer, prompts))
-        patch.setattr(agrpo, "reward_parts", lambda task, text, ex, weights: parts_of(task, "</think><answer>0</answer>", ex, weights))
-        Path("sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
-        shape = ["--task", "gsm8k", "--model", "runs/m/model", "--data", "sums.jsonl", "--completion-length", "16", "--block-length", "16", "--steps", "4"]
-        assert agrpo.main([*quick, *shape, "--name", "x", "--max-steps", "1", "--prompt", "d1", "--system-prompt", "Add.", "--reward-weights", "correct=5,answer=0",
-                           "--overlong-penalty", "0.5", "--overlong-from", "0"]) == 0
+        patch.setattr(
+            checkpoints,
+            "encode_prompts",
+            lambda tokenizer, prompts: asked.extend(prompts) or encode(tokenizer, prompts),
+        )
+        patch.setattr(
+            models,
+            "reward_parts",
+            lambda task, text, ex, weights: parts_of(
+                task, "</think><answer>0</answer>", ex, weights
+            ),
+        )
+        Path("sums.jsonl").write_text(
+            "".join(
+                json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n"
+                for i in range(40)
+            )
+        )
+        shape = [
+            "--task",
+            "gsm8k",
+            "--model",
+            "runs/m/model",
+            "--data",
+            "sums.jsonl",
+            "--completion-length",
+            "16",
+            "--block-length",
+            "16",
+            "--steps",
+            "4",
+        ]
+        assert (
+            agrpo.main(
+                [
+                    *quick,
+                    *shape,
+                    "--name",
+                    "x",
+                    "--max-steps",
+                    "1",
+                    "--prompt",
+                    "d1",
+                    "--system-prompt",
+                    "Add.",
+                    "--reward-weights",
+                    "correct=5,answer=0",
+                    "--overlong-penalty",
+                    "0.5",
+                    "--overlong-from",
+                    "0",
+                ]
+            )
+            == 0
+        )
     row = rows_of("x")[0]
     parts = {k: float(row[k]) for k in row if k.startswith("reward_")}
-    assert set(parts) == {"reward_think", "reward_answer", "reward_correct", "reward_overlong"} and -0.5 <= parts["reward_overlong"] < 0
+    assert (
+        set(parts) == {"reward_think", "reward_answer", "reward_correct", "reward_overlong"}
+        and -0.5 <= parts["reward_overlong"] < 0
+    )
     assert parts["reward_think"] == 0.5 and parts["reward_answer"] == 0 and len(asked) > 8
-    assert all(message.startswith("Add.\n\n") and begin == "<reasoning>" for message, begin in asked if message != "1")
+    assert all(
+        message.startswith("Add.\n\n") and begin == "<reasoning>"
+        for message, begin in asked
+        if message != "1"
+    )
     assert float(row["reward"]) == pytest.approx(sum(parts.values()))
-    assert "Add.\n\n" in Path("runs/x/samples.txt").read_text()                           # what the model was really asked
-    for flags, style in (([], "d1"), (["--prompt", "bare"], "bare")):                       # the evaluation asks as the training did
-        assert run_folder.main(["--model", "runs/x", "--data", "sums.jsonl", "--steps", "4", "--out", f"{style}.jsonl", *flags]) == 0
+    assert "Add.\n\n" in Path("runs/x/samples.txt").read_text()  # what the model was really asked
+    for flags, style in (
+        ([], "d1"),
+        (["--prompt", "bare"], "bare"),
+    ):  # the evaluation asks as the training did
+        assert (
+            evaluation.main(
+                [
+                    "--model",
+                    "runs/x",
+                    "--data",
+                    "sums.jsonl",
+                    "--steps",
+                    "4",
+                    "--out",
+                    f"{style}.jsonl",
+                    *flags,
+                ]
+            )
+            == 0
+        )
         settings = json.loads(Path(f"{style}.json").read_text())["settings"]
-        assert (settings["prompt"], settings["system_prompt"], settings["task"]) == (style, "" if flags else "Add.", "gsm8k")
+        assert (settings["prompt"], settings["system_prompt"], settings["task"]) == (
+            style,
+            "" if flags else "Add.",
+            "gsm8k",
+        )
 
 
 def test_stop_signals_leave_a_checkpoint_and_resume(here, quick):
     env = {**os.environ, "AGRPO_CACHE": os.environ["AGRPO_CACHE"]}
     for number in (signal.SIGINT, signal.SIGTERM):
         name = f"stop-{int(number)}"
-        process = subprocess.Popen([sys.executable, AGRPO, *quick, "--name", name, "--max-steps", "100000"], env=env,
-                                   stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, AGRPO, *quick, "--name", name, "--max-steps", "100000"],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         deadline = time.time() + 120
         while not Path(f"runs/{name}/checkpoint.pt").is_file() and time.time() < deadline:
             time.sleep(0.1)
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
-        assert process.returncode == 130 and "stopping after this step" in err and "Traceback" not in err
+        assert (
+            process.returncode == 130
+            and "stopping after this step" in err
+            and "Traceback" not in err
+        )
         done = weights_of(name)["step"]
         assert done >= 1 and len(rows_of(name)) == done
         assert agrpo.main(["--name", name, "--resume", "--max-steps", str(done + 1)]) == 0
@@ -295,44 +512,75 @@ def test_stop_signals_leave_a_checkpoint_and_resume(here, quick):
 
 
 def test_the_official_preset_is_the_published_estimator_and_flags_win(here, quick):
-    cfg, _ = agrpo.parse(["--preset", "official", "--mc-steps", "3"])
-    assert (cfg.unmasking, cfg.timesteps, cfg.normalizer, cfg.advantage, cfg.mc_steps) == ("random", "batch_entropy", "last_step", "mean", 3)
+    cfg, _ = evaluation.parse(["--preset", "official", "--mc-steps", "3"])
+    assert (cfg.unmasking, cfg.timesteps, cfg.normalizer, cfg.advantage, cfg.mc_steps) == (
+        "random",
+        "low_discrepancy",
+        "last_step",
+        "mean",
+        3,
+    )
     assert cfg.name == "sudoku-official-seed0"
     assert agrpo.main([*quick, "--preset", "official", "--max-steps", "2"]) == 0
-    assert agrpo.main(["--name", "sudoku-official-seed0", "--resume", "--max-steps", "3"]) == 0        # the preset is remembered
-    assert run_folder.read_json(Path("runs/sudoku-official-seed0/config.json"))["timesteps"] == "batch_entropy"
+    assert (
+        agrpo.main(["--name", "sudoku-official-seed0", "--resume", "--max-steps", "3"]) == 0
+    )  # the preset is remembered
+    assert (
+        runs.read_json(Path("runs/sudoku-official-seed0/config.json"))["timesteps"]
+        == "low_discrepancy"
+    )
 
 
-@pytest.mark.parametrize("unmasking", agrpo.UNMASK)
+@pytest.mark.parametrize("unmasking", models.choices()["unmasking"])
 def test_every_rule_of_unmasking_trains_and_evaluates(here, quick, unmasking, capsys):
-    assert agrpo.main([*quick, "--unmasking", unmasking, "--max-steps", "2", "--threshold", "0.02", "--entropy-bound", "99", "--name", "x"]) == 0
+    more = {"threshold": ["--threshold", "0.02"], "entropy_bound": ["--entropy-bound", "99"]}.get(
+        unmasking, []
+    )
+    assert (
+        agrpo.main([*quick, "--unmasking", unmasking, "--max-steps", "2", *more, "--name", "x"])
+        == 0
+    )
     nfe = [float(row["nfe"]) for row in rows_of("x")]
-    assert all(x < 8 for x in nfe) if unmasking in ("threshold", "entropy_bound") else all(x == 8 for x in nfe)
-    assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "16", "--unmasking", unmasking, "--threshold", "0.02"]) == 0
+    assert (
+        all(x < 8 for x in nfe)
+        if unmasking in ("threshold", "entropy_bound")
+        else all(x == 8 for x in nfe)
+    )
+    assert (
+        evaluation.main(
+            ["--model", "runs/x", "--limit", "4", "--steps", "16", "--unmasking", unmasking]
+        )
+        == 0
+    )
 
 
 def test_half_precision_weights_give_float32_laws():
     cfg = dataclasses.replace(CFG, unmasking="low_confidence", temperature=0.7)
     policy, tokenizer = tiny(cfg, torch.bfloat16)
     batch = [ex for ex in examples() for _ in range(4)][:8]
-    traj, _ = agrpo.generate(policy, tokenizer, cfg, batch, [(i,) for i in range(8)])
+    traj, _ = models.generate(policy, tokenizer, batch, [(i,) for i in range(8)], cfg)
     assert bool(torch.isfinite(traj.order_logp).all()) and bool(torch.isfinite(traj.logp).all())
-    views = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
-    loss, ratio = agrpo.policy_loss(policy, traj, views, torch.ones(8).double(), cfg)
+    loss, ratio = exact_loss(policy, traj, torch.ones(8).double(), cfg)
     loss.backward()
-    assert ratio.dtype == torch.float64 and (ratio[:8 * 16] - 1).abs().max() < 1e-5 and ratio.numel() == 8 * 16 + 8 * 8
-    assert all(bool(torch.isfinite(p.grad).all()) for p in policy.model.parameters() if p.grad is not None)
+    assert (
+        ratio.dtype == torch.float64
+        and (ratio[: 8 * 16] - 1).abs().max() < 1e-5
+        and ratio.numel() == 8 * 16 + 8 * 8
+    )
+    assert all(
+        bool(torch.isfinite(p.grad).all()) for p in policy.model.parameters() if p.grad is not None
+    )
 
 
 BAD = [
     (["--preset", "best"], "best"),
     (["--position-term", "maybe"], "maybe"),
     (["--order-score", "luck"], "luck"),
-    (["--threshold", "1.5"], "threshold"),
+    (["--unmasking", "threshold", "--threshold", "1.5"], "threshold"),
     (["--completion-length", "256", "--block-length", "256", "--eval-steps", "8"], "256"),
     (["--task", "countdown", "--train-examples", "500000"], "train-examples"),
     (["--entropy-bound", "-1"], "entropy-bound"),
-    (["--tau-pos", "0"], "tau-pos"),
+    (["--unmasking", "plackett_luce", "--tau-pos", "0"], "tau-pos"),
     (["--task", "chess"], "chess"),
     (["--model", "nowhere"], "nowhere"),
     (["--unmasking", "luck"], "luck"),
@@ -371,12 +619,16 @@ BAD = [
 
 @pytest.mark.parametrize("flags, word", BAD, ids=[" ".join(b[0]) for b in BAD])
 def test_bad_input_is_one_line_and_exit_code_2_before_any_work(here, flags, word, capsys):
-    Path("bad.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n310220000210032,3142243142131324\n")
+    Path("bad.csv").write_text(
+        "Puzzle,Solution\n3102200002100320,3142243142131324\n310220000210032,3142243142131324\n"
+    )
     Path("columns.csv").write_text("Question,Answer\n1,2\n")
     Path("invalid.csv").write_text("Puzzle,Solution\n3102200002100320,1111111111111111\n")
     Path("empty.csv").write_text("Puzzle,Solution\n")
     Path("bad.jsonl").write_text('{"input": "30,100,93", "output": "23"}\n{"input": "30,100\n')
-    Path("good.jsonl").write_text("".join(f'{{"question": "{i}+1?", "answer": "#### {i + 1}"}}\n' for i in range(40)))
+    Path("good.jsonl").write_text(
+        "".join(f'{{"question": "{i}+1?", "answer": "#### {i + 1}"}}\n' for i in range(40))
+    )
     Path("llama").mkdir()
     Path("llama/config.json").write_text('{"model_type": "llama"}')
     assert agrpo.main(flags) == 2
@@ -387,17 +639,43 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(here, flags, word
 def test_a_prompt_longer_than_the_context_is_refused(here, quick, capsys):
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
     capsys.readouterr()
-    Path("long.jsonl").write_text("".join(json.dumps({"question": "x" * 300 + str(i), "answer": "#### 1"}) + "\n" for i in range(40)))
-    assert agrpo.main([*quick, "--task", "gsm8k", "--model", "runs/m/model", "--data", "long.jsonl", "--completion-length", "16", "--block-length", "16",
-                       "--steps", "4"]) == 2
+    Path("long.jsonl").write_text(
+        "".join(
+            json.dumps({"question": "x" * 300 + str(i), "answer": "#### 1"}) + "\n"
+            for i in range(40)
+        )
+    )
+    assert (
+        agrpo.main(
+            [
+                *quick,
+                "--task",
+                "gsm8k",
+                "--model",
+                "runs/m/model",
+                "--data",
+                "long.jsonl",
+                "--completion-length",
+                "16",
+                "--block-length",
+                "16",
+                "--steps",
+                "4",
+            ]
+        )
+        == 2
+    )
     assert "context" in capsys.readouterr().err and not Path("runs/gsm8k-agrpo-seed0").exists()
 
 
 def test_a_folder_with_another_configuration_is_refused(here, quick, capsys):
     assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
     before = {p: p.stat().st_mtime_ns for p in Path("runs/x").rglob("*")}
-    for flags, word in ((["--name", "x"], "--resume"), (["--name", "x", "--resume", "--lr", "0.5"], "lr=0.5"),
-                        (["--name", "x", "--resume", "--task", "countdown"], "task")):
+    for flags, word in (
+        (["--name", "x"], "--resume"),
+        (["--name", "x", "--resume", "--lr", "0.5"], "lr=0.5"),
+        (["--name", "x", "--resume", "--task", "countdown"], "task"),
+    ):
         capsys.readouterr()
         assert agrpo.main(flags) == 2 and word in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in Path("runs/x").rglob("*")} == before
@@ -413,6 +691,7 @@ def test_train_and_held_out_examples_share_no_statement():
 
 def test_gold_answers_are_right_and_lazy_ones_mostly_wrong():
     import random
+
     for task in ("sudoku", "countdown"):
         data, rng = TASKS[task].generate(200, 5, "train"), random.Random(0)
         assert all(grade(task, TASKS[task].gold(ex), ex) == 1 for ex in data)
@@ -425,63 +704,99 @@ def test_what_is_not_a_run_is_neither_resumed_nor_overwritten(here, quick, capsy
     for flags in (["--overwrite"], ["--resume"], []):
         assert agrpo.main([*quick, "--name", "mine", *flags]) == 2
     assert Path("runs/mine/thesis.txt").read_text() == "years of work"
-    Path("runs/born").mkdir()                                                        # killed before its first file: free to use
+    Path("runs/born").mkdir()  # killed before its first file: free to use
     Path("runs/born/config.json.partial").write_text("{")
     assert agrpo.main([*quick, "--name", "born", "--max-steps", "0"]) == 0
 
 
 def test_broken_files_of_a_run_are_one_line(here, quick, capsys):
     assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
-    for name, text in (("checkpoint.pt", "garbage"), ("config.json", "{bad"), ("config.json", "[1]"), ("config.json", '{"task": "chess"}'),
-                       ("checkpoint.pt", ""), ("eval_base.json", "[]")):
+    for name, text in (
+        ("checkpoint.pt", "garbage"),
+        ("config.json", "{bad"),
+        ("config.json", "[1]"),
+        ("config.json", '{"task": "chess"}'),
+        ("checkpoint.pt", ""),
+        ("eval_base.json", "[]"),
+    ):
         whole = Path("runs/x", name).read_bytes()
         Path("runs/x", name).write_text(text)
         capsys.readouterr()
-        assert agrpo.main(["--name", "x", "--resume", "--max-steps", "2"]) == 2 and name in capsys.readouterr().err
+        assert (
+            agrpo.main(["--name", "x", "--resume", "--max-steps", "2"]) == 2
+            and name in capsys.readouterr().err
+        )
         Path("runs/x", name).write_bytes(whole)
-    for name, text in (("config.json", "{bad"), ("tokenizer.json", "{"), ("model.safetensors", "garbage"), ("agrpo.json", "[]")):
+    for name, text in (
+        ("config.json", "{bad"),
+        ("tokenizer.json", "{"),
+        ("model.safetensors", "garbage"),
+        ("agrpo.json", "[]"),
+    ):
         whole = Path("runs/x/model", name).read_bytes()
         Path("runs/x/model", name).write_text(text)
         capsys.readouterr()
-        assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 2 and capsys.readouterr().err.count("\n") == 1
+        assert (
+            evaluation.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 2
+            and capsys.readouterr().err.count("\n") == 1
+        )
         Path("runs/x/model", name).write_bytes(whole)
-    assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4", "--out", "x.json"]) == 2
-    assert run_folder.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 0
+    assert (
+        evaluation.main(["--model", "runs/x", "--limit", "4", "--steps", "4", "--out", "x.json"])
+        == 2
+    )
+    assert evaluation.main(["--model", "runs/x", "--limit", "4", "--steps", "4"]) == 0
 
 
-@pytest.mark.parametrize("timesteps", agrpo.TIMESTEPS)
+@pytest.mark.parametrize("timesteps", models.choices()["timesteps"])
 def test_a_step_on_weights_that_are_not_finite_is_skipped(timesteps):
     policy, tokenizer = tiny()
     with torch.no_grad():
         policy.model.lm_head.weight[40] = float("nan")
     optimizer = Watched(policy.model.parameters(), lr=0.1)
-    row = agrpo.train_step(policy, tokenizer, optimizer, examples(), 0, dataclasses.replace(CFG, timesteps=timesteps))
+    row = train_step(
+        policy, tokenizer, optimizer, examples(), 0, dataclasses.replace(CFG, timesteps=timesteps)
+    )
     assert row["skipped"] == 1 and row["passes"] == 0 and optimizer.steps == 0
 
 
 @pytest.mark.parametrize("where", ["reward", "loss", "gradient"])
-def test_what_is_not_finite_is_skipped_counted_and_stops_the_run_after_three_in_a_row(here, quick, monkeypatch, where, varied_reward, capsys):
-    loss_of, parts_of, calls = agrpo.policy_loss, agrpo.reward_parts, []
+def test_what_is_not_finite_is_skipped_counted_and_stops_the_run_after_three_in_a_row(
+    here, quick, monkeypatch, where, varied_reward, capsys
+):
+    loss_of, parts_of, calls = agrpo.policy_loss, models.reward_parts, []
 
-    def broken(policy, *args):                                                       # steps 1, 3, 4, 5 of 0..5, a pass each
+    def broken(policy, *args):  # steps 1, 3, 4, 5 of 0..5, a pass each
         loss, ratio = loss_of(policy, *args)
         calls.append(1)
         bad = len(calls) - 1 in (1, 3, 4, 5)
         weight = policy.model.get_input_embeddings().weight
-        if where == "gradient" and bad:                                              # finite loss, infinite slope
+        if where == "gradient" and bad:  # finite loss, infinite slope
             loss = loss + ((weight - weight.detach()).abs().sum()).sqrt()
         return (loss * float("nan") if where == "loss" and bad else loss), ratio
 
     def no_number(task, text, ex, weights):
         calls.append(1)
-        return {"correct": float("nan") if (len(calls) - 1) // 8 in (1, 3, 4, 5) else parts_of(task, text, ex, weights)["correct"]}
+        return {
+            "correct": float("nan")
+            if (len(calls) - 1) // 8 in (1, 3, 4, 5)
+            else parts_of(task, text, ex, weights)["correct"]
+        }
 
-    monkeypatch.setattr(agrpo, *(("reward_parts", no_number) if where == "reward" else ("policy_loss", broken)))
+    monkeypatch.setattr(
+        *(
+            (models, "reward_parts", no_number)
+            if where == "reward"
+            else (agrpo, "policy_loss", broken)
+        )
+    )
     assert agrpo.main([*quick, "--eval-every", "0", "--max-steps", "9", "--name", "x"]) == 1
-    assert "3 times in a row" in capsys.readouterr().err and [row["skipped"] for row in rows_of("x")] == ["0", "1", "0", "1", "1", "1"]
+    assert "3 times in a row" in capsys.readouterr().err and [
+        row["skipped"] for row in rows_of("x")
+    ] == ["0", "1", "0", "1", "1", "1"]
     saved = weights_of("x")
     assert all(bool(v.isfinite().all()) for v in saved["model"].values()) and saved["step"] == 6
-    assert saved["optimizer"]["state"][0]["step"] == 2                                 # two of the six changed the weights
+    assert saved["optimizer"]["state"][0]["step"] == 2  # two of the six changed the weights
     monkeypatch.setattr(agrpo, "policy_loss", loss_of)
-    monkeypatch.setattr(agrpo, "reward_parts", parts_of)
+    monkeypatch.setattr(models, "reward_parts", parts_of)
     assert agrpo.main(["--name", "x", "--resume", "--max-steps", "7"]) == 0

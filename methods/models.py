@@ -1,0 +1,133 @@
+"""All settings together; from checkpoint to policy, from examples to completions and rewards."""
+import dataclasses
+
+import torch
+from torch import Tensor
+
+import agrpo
+from methods import (ROWS, caches, diffpo, diffu_grpo, dipo, join, rows_of, samplers, scored, to,
+                     tracerl)
+from methods.sft import encode_answers, sft_loss
+from rewards import BadInput, grade, overlong, prompt_for, read_weights, reward_parts
+from support import checkpoints, options, tiny
+from support.processes import once
+
+OWNERS = {                             # whose settings they are; --help shows the first four
+    "run": options.Run, "method": agrpo.Config, "evaluation": options.Evaluation,
+    "actions": options.Actions, "weights": options.Weights, "reward": options.Reward,
+    "tiny": tiny.Settings, "samplers": samplers.Settings, "kl": scored.Settings,
+    "diffu-grpo": diffu_grpo.Settings, "diffpo": diffpo.Settings, "tracerl": tracerl.Settings,
+    "dipo": dipo.Settings, "controller": diffpo.ControllerSettings, "cache": caches.Settings}
+
+@dataclasses.dataclass(frozen=True)
+class Settings(*(owner for name, owner in OWNERS.items() if name != "actions")):
+    """All of them: what `cfg` is at run time."""
+
+def choices() -> dict:
+    """The words that settings take from agrpo.py's tables."""
+    tables = {"method": "METHODS", "unmasking": "UNMASK", "timesteps": "TIMESTEPS",
+              "advantage": "ADVANTAGES", "normalizer": "NORMALIZERS"}
+    every = {knob: dict.fromkeys([*getattr(agrpo, table), *ROWS[table]])
+             for knob, table in tables.items()}
+    return {knob: [row for row in rows if " " not in row] for knob, rows in every.items()}
+
+def settle(given: dict, may_be_zero=frozenset()) -> Settings:
+    """The flags given, and for the rest what task, model, method and preset ask for. Raises
+    BadInput for a value that none of them takes."""
+    options.check_values(Settings(**given), {**options.CHOICES, **choices()},
+                         options.MAY_BE_ZERO | may_be_zero)
+    published = agrpo.METHODS[given.get("method", "agrpo")].settings
+    cfg = Settings(**{**options.before_flags(given, published), **given})
+    if "completion_length" in given:                           # of one's own: also evaluated
+        shape = {"eval_length": 0, "eval_block_length": 0, **given}
+        cfg = dataclasses.replace(cfg, eval_length=shape["eval_length"],
+                                  eval_block_length=shape["eval_block_length"])
+    if cfg.kl_reference == "old" and cfg.inner_epochs == 1 and "kl" not in given:
+        cfg = dataclasses.replace(cfg, kl=0.0)                 # no gradient at the first update
+    return options.with_prompt(cfg)
+
+def tiny_base(cfg, device: str, rebuild: bool = False) -> str:
+    """Directory of the tiny base model, trained on the first call and kept. SFT on answers of which
+    a share follows a lazy rule: many samples find a right answer, a single one seldom does."""
+    def start(tokenizer, block):
+        net = tiny.tiny_model(tokenizer, cfg, block).to(device)
+        known = net, tokenizer.mask_token_id, tokenizer.eos_token_id
+        return dipo.BlockPolicy(*known, block=block) if block else agrpo.Policy(*known)
+    return tiny.base_folder(cfg, options.tiny_block(cfg), start, encode_answers, sft_loss,
+                            agrpo.generator("sft", cfg.seed), rebuild)
+
+def open_policy(cfg, train=False, rebuild=False) -> tuple:
+    """cfg.model -> policy, tokenizer, on their device. Raises BadInput."""
+    device = options.device_for(cfg)
+    model = once(tiny_base, cfg, device, rebuild) if cfg.model in options.TINY else cfg.model
+    net, tokenizer, about = checkpoints.load_network(
+        model, device, block=cfg.model_block, train=train, lora_rank=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha, seed=cfg.seed, quantize=cfg.quantize,
+        checkpointing=cfg.gradient_checkpointing == "on")
+    if cfg.compile == "on":
+        decoder = net.get_decoder()
+        decoder.forward = torch.compile(decoder.forward, dynamic=True)
+    known = net, about.mask_id, tokenizer.eos_token_id, about.family.shift
+    policy = dipo.BlockPolicy(*known, about.block) if about.block else agrpo.Policy(*known)
+    policy.flex, policy.turn_id = device != "cpu", checkpoints.end_of_turn(tokenizer)
+    policy.source, policy.base = about.folder, about.base
+    if cfg.controller != "off":
+        if train and cfg.controller_training == "alone":
+            net.requires_grad_(False)
+        diffpo.add_controller(policy, cfg, about, train)
+    return policy, tokenizer
+
+def check_context(config, tokenizer, cfg, examples: list) -> int:
+    """Tokens of the longest prompt. Raises BadInput if it and its completion do not fit."""
+    length = checkpoints.encode_prompts(tokenizer, [
+        prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])[0].shape[1]
+    longest, room = max(cfg.completion_length, cfg.eval_length), config.max_position_embeddings
+    if length + longest > room:
+        raise BadInput(f"the longest prompt has {length} tokens, a completion {longest}; the "
+                       f"context is {room}")
+    return length
+
+def lengths(traj, policy) -> Tensor:
+    """(N,) tokens before the first EOS or end of turn, where a completion ends."""
+    end = policy.eos_id if policy.turn_id is None else policy.turn_id
+    return ((traj.tokens != policy.eos_id) & (traj.tokens != end)).int().cumprod(1).sum(1)
+
+def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
+    """One completion per example -> trajectory, texts: the one way from an example to a text. Each
+    process denoises its share, rollout_batch rows at once, those with long prompts first."""
+    roll, (rank, world), found = agrpo.rollout, agrpo.processes(), []
+    roll = caches.cached_rollout if cfg.cache != "none" else roll
+    roll = diffpo.controlled_rollout if cfg.controller != "off" else roll
+    ids, prompt_mask = checkpoints.encode_prompts(tokenizer, [
+        prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
+    length, device = prompt_mask.sum(1), next(policy.model.parameters()).device
+    mine = torch.tensor_split(torch.arange(len(examples)), world)[rank]
+    mine = mine[length[mine].argsort(descending=True, stable=True)]
+    for part in mine.split(cfg.rollout_batch) if len(mine) else ():
+        P = max(1, int(length[part].max()))
+        at = ids[part, -P:].to(device), prompt_mask[part, -P:].to(device)
+        traj = roll(policy, *at, cfg, [keys[i] for i in part])
+        found.append((part, to(traj, "cpu") if world > 1 else traj))
+    index, parts = zip(*agrpo.gather(found))
+    traj = to(rows_of(join(parts), torch.cat(index).argsort()), device)    # all rows, everywhere
+    n = lengths(traj, policy).tolist()
+    return traj, [tokenizer.decode(row[:k]) for row, k in zip(traj.tokens.cpu(), n)]
+
+def sampler(tokenizer, cfg):
+    """What agrpo.train_step samples and rewards with; each process grades its share."""
+    weights = read_weights(cfg.task, cfg.reward_weights)
+
+    def sample(policy, examples, keys, cfg):
+        traj, texts = generate(policy, tokenizer, examples, keys, cfg)
+        (rank, world), graded = agrpo.processes(), []
+        for i in torch.tensor_split(torch.arange(len(texts)), world)[rank].tolist():
+            parts = reward_parts(cfg.task, texts[i], examples[i], weights)
+            graded.append((parts, grade(cfg.task, texts[i], examples[i]) == 1))
+        parts, solved = zip(*agrpo.gather(graded))
+        parts = {name: [part[name] for part in parts] for name in parts[0]}
+        if cfg.overlong_penalty:
+            parts["overlong"] = [
+                -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)
+                for n in lengths(traj, policy).tolist()]
+        return traj, parts, solved
+    return sample

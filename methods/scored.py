@@ -1,0 +1,67 @@
+"""Old log-probs of states that the sampler did not see, and the reference of the KL term."""
+import contextlib
+import dataclasses
+
+import torch
+from torch import Tensor
+
+import agrpo
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """With --kl."""
+    kl_reference: str = "base"         # the model to begin with; old: before the update [TraceRL]
+
+@torch.no_grad()
+def score(policy, traj, views, cfg) -> tuple[Tensor, Tensor | None]:
+    """agrpo.step_logp of all views, dense: tokens (M, C), 0 where there is no target, and the
+    choices of positions (M,), None if they do not count. Each process scores its share."""
+    (rank, world), found, device = agrpo.processes(), [], views.row.device
+    mine = torch.arange(len(views.row), device=device)[rank::world]
+    for part in agrpo.micro_batches(views.select(mine), cfg):
+        some = views.select(mine[part])
+        logp, order_logp = agrpo.step_logp(policy, traj, some, cfg)
+        dense = torch.zeros(some.target.shape, dtype=torch.float64, device=device)
+        dense.masked_scatter_(some.target, logp.double())
+        found.append([x if x is None else x.cpu() for x in (mine[part], dense, order_logp)])
+    found = agrpo.gather(found)
+    if not found:
+        return views.target.double(), None
+    index, logp, order_logp = zip(*found)
+    back = torch.cat(index).argsort()
+    if order_logp[0] is not None:
+        order_logp = torch.cat(order_logp).double()[back].to(device)
+    return torch.cat(logp)[back].to(device), None if isinstance(order_logp, tuple) else order_logp
+
+def scored(policy, traj, views, cfg):
+    """Scored on the same views before the update. With one inner epoch the first evaluation gives
+    the same, and costs nothing."""
+    if cfg.inner_epochs == 1:
+        return views
+    return views._replace(logp_old=score(policy, traj, views, cfg)[0])
+
+def keep_reference(policy):
+    """Before training: a copy of the weights that will be trained, all or the adapters."""
+    policy.reference = [(p, p.detach().clone()) for p in policy.model.parameters()
+                        if p.requires_grad]
+
+@contextlib.contextmanager
+def reference_weights(policy):
+    """Within `with`, the weights that the training began with."""
+    trained = [p.data for p, _ in policy.reference]
+    try:
+        for p, first in policy.reference:
+            p.data = first
+        yield
+    finally:
+        for (p, _), now in zip(policy.reference, trained):
+            p.data = now
+
+def reference(policy, traj, views, cfg):
+    """The log-probs that the KL term of Eq. 4 compares with."""
+    if cfg.kl_reference == "old":
+        return views._replace(logp_reference=views.logp_old)
+    with reference_weights(policy):
+        return views._replace(logp_reference=score(policy, traj, views, cfg)[0])
+
+agrpo.OLD_LOGP |= {"scored": scored, "reference": reference}

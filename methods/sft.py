@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: the first stage of d1 and DiRL, and how the tiny base model is made.
+
+    (8)  L = sum over masked tokens of cross-entropy / t, per token;  t ~ U(0, 1], each completion
+         token masked with probability t.
+"""
+import math
+import time
+
+import torch
+from torch import Tensor
+
+import agrpo
+from methods.dipo import packed
+from rewards import BadInput, gold_completion, prompt_for
+from support.checkpoints import encode_prompts, end_of_turn
+from support.data import read_pairs
+from support.processes import say
+
+def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
+    """(n, C): each answer, the end of its turn where there is one, then EOS to the end. Raises
+    BadInput if one is longer."""
+    tokens = torch.full((len(texts), C), policy.eos_id)
+    for i, text in enumerate(texts):
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer += [] if policy.turn_id is None else [policy.turn_id]
+        if len(answer) > C:
+            raise BadInput(f"--completion-length {C}: an answer has {len(answer)} tokens, "
+                           f"{text[:60]!r}")
+        tokens[i, :len(answer)] = torch.tensor(answer)
+    return tokens
+
+def noise(tokens, block: int, prompt_mask, g) -> tuple[Tensor, Tensor]:
+    """Eq. 8 -> is_masked, 1 / t, both (N, C). One t a row, stratified over the batch; for
+    block-causal models one a block, as each block is denoised by itself."""
+    N, C = tokens.shape
+    if block:
+        of = (torch.arange(C) + prompt_mask.sum(1, keepdim=True).cpu() % block) // block   # (N, C)
+        n = int(of.max()) + 1
+        cell = torch.randperm(N * n, generator=g).view(N, n)
+        t = (1 - (cell + torch.rand(N, n, generator=g)) / (N * n)).gather(1, of)
+    else:
+        t = 1 - (torch.arange(N)[:, None] + torch.rand(N, 1, generator=g)) / N
+    return torch.rand(N, C, generator=g) < t, (1 / t).expand(N, C)
+
+def denoising_loss(policy, prompt, prompt_mask, tokens, is_masked, weight) -> Tensor:
+    """Eq. 8: cross-entropy of the masked tokens / t, a mean over all tokens (N, C)."""
+    state, sees = tokens.masked_fill(is_masked, policy.mask_id), (prompt, prompt_mask)
+    if getattr(policy, "block", 0):
+        sees = packed(prompt, prompt_mask, tokens).values()
+    logits = policy.logits(*sees, state, is_masked)
+    loss = torch.nn.functional.cross_entropy(logits, tokens[is_masked], reduction="none")
+    return (loss * weight[is_masked]).sum() / tokens.numel()
+
+def sft_loss(policy, prompt, prompt_mask, tokens, g) -> Tensor:
+    """Eq. 8 with noise drawn from g."""
+    drawn = noise(tokens, getattr(policy, "block", 0), prompt_mask, g)
+    drawn = (x.to(tokens.device) for x in drawn)
+    return denoising_loss(policy, prompt, prompt_mask, tokens, *drawn)
+
+def step_with(tokenizer):
+    """A step like agrpo.train_step, on rows {"prompt": (message, beginning), "answer": text}."""
+    def sft_step(policy, optimizer, examples, step: int, cfg, sample=None) -> dict:
+        clock, total = time.perf_counter(), 0.0
+        (rank, world), device = agrpo.processes(), next(policy.model.parameters()).device
+        batch = agrpo.batch_of_examples(examples, step, cfg)
+        ids, prompt_mask = encode_prompts(tokenizer, [row["prompt"] for row in batch])
+        texts = [row["answer"] for row in batch]
+        tokens = encode_answers(tokenizer, texts, cfg.completion_length, policy)
+        block, g = getattr(policy, "block", 0), agrpo.generator("sft", cfg.seed, step)
+        rows = ids, prompt_mask, tokens, *noise(tokens, block, prompt_mask, g)
+        width = ids.shape[1] + cfg.completion_length * (1 + bool(block))
+        mine = torch.tensor_split(torch.arange(len(batch)), world)[rank]
+        for part in mine.split(max(1, cfg.tokens_per_pass // width)) if len(mine) else ():
+            loss = denoising_loss(policy, *(x[part].to(device) for x in rows))
+            loss = loss * len(part) / len(batch)
+            loss.backward()
+            total += float(loss.detach())
+        norm, applied = agrpo.optimizer_step(optimizer, step, cfg, math.isfinite(total))
+        return {"step": step, "loss": sum(agrpo.gather([total])), "grad_norm": norm,
+                "skipped": int(not applied), "lr": agrpo.learning_rate(step, cfg),
+                "rollout_seconds": 0.0, "update_seconds": time.perf_counter() - clock}
+    return sft_step
+
+def sft_examples(tokenizer, cfg, examples: list, context: int, mask_id: int) -> list:
+    """What to fine-tune on: the task's right answers to its examples, in the prompt's format, or
+    the rows of a file. Says how many are too long for --completion-length, and leaves them out.
+    Raises BadInput if none is left, or a row cannot be learned."""
+    if cfg.sft == "gold":
+        rows = [{"prompt": prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt),
+                 "answer": gold_completion(cfg.task, ex, cfg.prompt)} for ex in examples]
+    else:
+        rows = [{"prompt": (row["prompt"], ""), "answer": row["completion"]}
+                for row in read_pairs(cfg.sft)]
+    ended = end_of_turn(tokenizer) is not None
+    answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
+    never = {mask_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    for number, (row, ids) in enumerate(zip(rows, answers), start=1):
+        if never & set(ids):
+            raise BadInput(f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of "
+                           f"the end, or what the model has no token for, {row['answer'][:60]!r}")
+    C = cfg.completion_length
+    short = [row for row, ids in zip(rows, answers) if len(ids) + ended <= C]
+    if len(short) < len(rows):
+        say(f"left out: {len(rows) - len(short)} of {len(rows)} answers, of more than {C} tokens")
+    if not short:
+        raise BadInput(f"--completion-length {C}: all answers of --sft {cfg.sft} are longer, the "
+                       f"shortest has {min(map(len, answers)) + ended} tokens")
+    longest = encode_prompts(tokenizer, [row["prompt"] for row in short])[0].shape[1]
+    if longest + C > context:
+        raise BadInput(f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a completion "
+                       f"{C}; the context is {context}")
+    return short

@@ -1,0 +1,426 @@
+"""Published checkpoints in stock classes of transformers, no remote code; adapters; saving."""
+import functools
+import hashlib
+import os
+import re
+import shutil
+import types
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rewards import BadInput
+from support.runs import first_line, read_json, write_json
+
+class Family(NamedTuple):
+    """How the checkpoints of one model_type become a stock class of transformers."""
+    stock: str                         # Llama: LlamaForCausalLM, LlamaConfig
+    fields: dict                       # field of the stock config -> its names in config.json
+    fixed: dict                        # what config.json must say, where it says anything but null
+    keys: dict = {}                    # names of weights: regular expression -> stock
+    shift: bool = False                # the logits of position j stand at j - 1
+    blocks: bool = False               # attention is block-causal
+
+LLADA_FIELDS = {
+    "vocab_size": ("embedding_size", "vocab_size"), "hidden_size": ("d_model",),
+    "intermediate_size": ("mlp_hidden_size",), "num_hidden_layers": ("n_layers",),
+    "num_attention_heads": ("n_heads",), "num_key_value_heads": ("n_kv_heads", "n_heads"),
+    "rms_norm_eps": ("rms_norm_eps",), "rope_theta": ("rope_theta",),
+    "max_position_embeddings": ("max_sequence_length",), "tie_word_embeddings": ("weight_tying",)}
+LLADA_FIXED = {
+    "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True,
+    "block_group_size": 1, **dict.fromkeys((
+        "include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm",
+        "scale_logits", "input_emb_norm", "alibi", "multi_query_attention"), False)}
+LLADA_KEYS = {
+    r"^model\.transformer\.wte\.": "model.embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "model.norm.", r"^model\.transformer\.ff_out\.": "lm_head.",
+    **{rf"^model\.transformer\.blocks\.(\d+)\.{published}\.": rf"model.layers.\1.{stock}."
+       for published, stock in (
+           ("q_proj", "self_attn.q_proj"), ("k_proj", "self_attn.k_proj"),
+           ("v_proj", "self_attn.v_proj"), ("attn_out", "self_attn.o_proj"),
+           ("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj"),
+           ("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"))}}
+QWEN_FIELDS = {name: (name,) for name in LLADA_FIELDS}
+QWEN3_FIELDS = {**QWEN_FIELDS, "head_dim": ("head_dim",)}
+QWEN_FIXED = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False,
+              "use_mrope": False, "attention_bias": False}
+FAMILIES = {                           # model_type of config.json
+    "llada": Family("Llama", LLADA_FIELDS, LLADA_FIXED, LLADA_KEYS),   # LLaDA-8B, LLaDA-1.5
+    "Dream": Family("Qwen2", QWEN_FIELDS, {**QWEN_FIXED, "attention_bias": True}, shift=True),
+    "sdar": Family("Qwen3", QWEN3_FIELDS, QWEN_FIXED, blocks=True),    # SDAR, TraDo
+    "a2d-qwen3": Family("Qwen3", QWEN3_FIELDS, QWEN_FIXED),            # dllm-hub's Qwen3
+    "llama": Family("Llama", QWEN_FIELDS, {"is_causal": False, **QWEN_FIXED})}     # made here
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
+
+class Checkpoint(NamedTuple):
+    """What config.json says, and where the weights are."""
+    folder: Path                       # with the weights, or only config.json so far
+    family: Family
+    config: object                     # of the stock class
+    mask_id: int | None                # None: the tokenizer knows
+    block: int                         # of the attention, 0: every token sees every token
+    adapter: Path | None = None        # the directory of an adapter on it
+    base: str = ""                     # the name of the base model, for adapters
+
+# ------------------------------------------------------------------------------------ where it is
+def in_run(folder: Path) -> Path:
+    """The model of a run folder; any other folder as it is. Raises BadInput for a run that has
+    none yet."""
+    if any((folder / "model" / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+        return folder / "model"
+    config = folder / "config.json"
+    if config.is_file() and {"task", "mc_steps"} <= read_json(config).keys():
+        raise BadInput(f"--model {folder}: this run is not finished; agrpo.py --resume finishes it")
+    return folder
+
+def check_model_exists(model: str):
+    """Raises BadInput for a path that leads nowhere, and for what is no name on the hub."""
+    if len(model) > 1000 or "\0" in model:
+        raise BadInput("--model is no name of a directory")
+    if os.path.isdir(model):           # False, too, where a name is too long for the file system
+        return
+    written_as_path = model.startswith((".", "/", "~", "runs/"))   # runs/x is no owner/name
+    if written_as_path or os.path.isdir(os.path.dirname(model)):
+        raise BadInput(f"--model {model}: there is no such folder")
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model):      # the hub's own limit
+        raise BadInput(f"--model {model}: no such directory; give 'tiny', a checkpoint directory, "
+                       "or the hub's owner/name")
+
+def find_folder(model: str, weights: bool = True) -> Path:
+    """--model -> a local directory: itself, or the hub's repository, downloaded once (without
+    weights: the small files). Raises BadInput."""
+    check_model_exists(model)
+    if Path(model).is_dir():
+        return in_run(Path(model))
+    import huggingface_hub
+    try:
+        files = SMALL_FILES + ["*.safetensors"] * weights
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=files))
+    except Exception as error:         # no such repository, no network, no room on the disk
+        raise BadInput(f"--model {model}: neither a directory here nor found on the hub: "
+                       f"{first_line(error)}") from None
+
+def base_of(folder: Path) -> str:
+    """The checkpoint that an adapter directory belongs to. Raises BadInput."""
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise BadInput(f"{folder / 'adapter_config.json'} does not name its base model")
+    return base
+
+# --------------------------------------------------------------------------- what it says it is
+def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
+    """config.json of a directory -> what is known without weights; `block` overrides the file's.
+    Raises BadInput: what was found and what is supported."""
+    import transformers                # seconds to import: after the checks
+    where, path = f"--model {name or folder}", folder / "config.json"
+    if not path.is_file():
+        raise BadInput(f"{where}: no config.json there; give 'tiny', a checkpoint directory, or "
+                       "the hub's owner/name")
+    known = read_json(path)
+    kind, mask_id = known.get("model_type"), known.get("mask_token_id")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if not family or kind == "llama" and mask_id is None:
+        raise BadInput(f"{where}: model_type {kind!r} with mask_token_id {mask_id!r}; supported "
+                       f"are masked diffusion models of type {', '.join(FAMILIES)}")
+    rope = known.get("rope_parameters")                        # as transformers 5 writes it
+    rope = rope if isinstance(rope, dict) else {}
+    known = {**known, "rope_theta": known.get("rope_theta", rope.get("rope_theta"))}
+    for field, value in {**family.fixed, "rope_type": "default"}.items():
+        found = rope.get("rope_type") if field == "rope_type" else known.get(field)
+        if found not in (None, value):
+            raise BadInput(f"{where}: {field} {found!r} is not supported, only {value!r}")
+    fields = {}
+    for field, names in family.fields.items():
+        value = next((known[n] for n in names if known.get(n) is not None), None)
+        if field == "tie_word_embeddings":
+            value = bool(value)
+        elif type(value) not in (int, float) or not value > 0:
+            raise BadInput(f"{where}: its config.json has {' or '.join(names)} {value!r}")
+        fields[field] = value
+    V = fields["vocab_size"]
+    if mask_id is not None and (type(mask_id) is not int or not 0 <= mask_id < V):
+        raise BadInput(f"{where}: mask_token_id {mask_id!r} in a vocabulary of {V}")
+    rope = {"rope_type": "default", "rope_theta": float(fields.pop("rope_theta"))}
+    try:                               # a pad_token_id would take the gradient of its row away
+        config = getattr(transformers, family.stock + "Config")(
+            **fields, rope_parameters=rope, pad_token_id=None, bos_token_id=None,
+            eos_token_id=None, use_cache=False)
+    except Exception as error:         # its own checks
+        raise BadInput(f"{where}: {first_line(error)}") from None
+    config.is_causal, config.mask_token_id = False, mask_id
+    if family.blocks or kind == "llama":
+        block = block or known.get("block_size", 0 if kind == "llama" else None)
+    if type(block) is not int or block < 0 or family.blocks and not block:
+        raise BadInput(f"{where}: a block-causal model whose config.json does not give block_size: "
+                       "give --model-block (SDAR and TraDo: 4)")
+    return Checkpoint(folder, family, config, mask_id, block)
+
+def load_tokenizer(folder: Path):
+    """By its own files alone: published classes need remote code. Raises BadInput."""
+    import transformers
+    try:
+        kind = transformers.PreTrainedTokenizerFast
+        if not (folder / "tokenizer.json").is_file():
+            kind = transformers.Qwen2Tokenizer                 # Dream's
+            if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+                raise FileNotFoundError("there is neither tokenizer.json nor vocab.json with "
+                                        "merges.txt")
+        return kind.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:         # whatever the libraries raise on a bad file
+        raise BadInput(f"--model {folder}: its tokenizer cannot be read: "
+                       f"{first_line(error)}") from None
+
+def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple:
+    """(user message, what the completion is made to begin with), through the tokenizer's chat
+    template -> ids and mask (N, P), left padded."""
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": message}],
+                                           add_generation_prompt=True, tokenize=False) + begin
+             for message, begin in prompts]
+    out = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
+                    return_tensors="pt")
+    return out["input_ids"], out["attention_mask"]
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token, other than EOS, that the chat template writes after an answer."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {
+        "role": "assistant", "content": "ANSWER"}], tokenize=False)
+    after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"][:1]
+    special = after and after[0] in tokenizer.added_tokens_decoder
+    return after[0] if special and after[0] != tokenizer.eos_token_id else None
+
+def open_checkpoint(model: str, block: int = 0, weights: bool = False):
+    """What is known of a model without its weights -> Checkpoint, tokenizer, directory of its
+    adapter or None. Raises BadInput."""
+    folder, adapter, base = find_folder(model, weights), None, model
+    if (folder / "adapter_config.json").is_file():
+        adapter, base = folder, base_of(folder)
+        folder = find_folder(base, weights)
+    about = read_checkpoint(folder, block, model)
+    tokenizer = load_tokenizer(adapter or folder)
+    mask_id = tokenizer.mask_token_id if about.mask_id is None else about.mask_id
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masked, whatever it is
+    try:
+        if encode_prompts(tokenizer, [("1", "")])[0].numel() == 0:
+            raise ValueError("its chat template makes nothing of a message")
+        end_of_turn(tokenizer)
+    except Exception as error:         # a broken template
+        raise BadInput(f"--model {model}: {first_line(error)}") from None
+    for token, name in ((mask_id, "mask"), (tokenizer.eos_token_id, "end-of-sequence")):
+        if token is None or token >= about.config.vocab_size:
+            raise BadInput(f"--model {model}: neither its config.json nor its tokenizer gives a "
+                           f"{name} token of its vocabulary")
+    return about._replace(mask_id=mask_id, adapter=adapter, base=base), tokenizer, adapter
+
+# ----------------------------------------------------------------------------------- its weights
+def load_model(about: Checkpoint, dtype, quantize: str = "", device: str = "cpu"):
+    """The stock model with every weight found, attention in both directions. Raises BadInput."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()           # what does not fit is an error here
+    transformers.utils.logging.disable_progress_bar()
+    settings = {"device_map": device} if torch.device(device).type != "cpu" else {}
+    if quantize:
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16)
+    stock = getattr(transformers, about.family.stock + "ForCausalLM")
+    try:
+        model, info = stock.from_pretrained(
+            about.folder, config=about.config, key_mapping=about.family.keys or None, dtype=dtype,
+            attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
+            **settings)                # mismatched sizes are listed in info, and refused below
+        if about.config.tie_word_embeddings and not head_is_tied(about):
+            raise ValueError("its output weights are not its embeddings, yet config.json says that "
+                             "they are tied")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise BadInput(f"--model {about.folder}: {first_line(error)}") from None
+    problems = {k: sorted(map(str, info[k]))[:3]
+                for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    if problems:
+        raise BadInput(f"--model {about.folder}: weights do not fit: {problems}")
+    return model
+
+def head_is_tied(about: Checkpoint) -> bool:
+    """False if the files hold output weights that differ from the embeddings (from_pretrained would
+    take no notice)."""
+    from safetensors import safe_open
+    found = {}
+    for file in sorted(about.folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            for name in f.keys():
+                stock = next((re.sub(old, new, name) for old, new in about.family.keys.items()
+                              if re.match(old, name)), name)
+                if stock in ("lm_head.weight", "model.embed_tokens.weight"):
+                    found[stock] = f.get_tensor(name)
+    return len(found) < 2 or torch.equal(*found.values())
+
+def load_network(model: str, device: str, *, block=0, train=False, lora_rank=0, lora_alpha=64.0,
+                 seed=0, quantize="", checkpointing=False) -> tuple:
+    """A directory or the hub's owner/name -> network, tokenizer, Checkpoint. To train: with
+    adapters if lora_rank, else all of it in float32; what is not trained is bfloat16 on a GPU.
+    Raises BadInput unless it is a masked diffusion model of FAMILIES, every weight found."""
+    about, tokenizer, adapter = open_checkpoint(model, block, weights=True)
+    half, full = torch.device(device).type == "cuda", train and not lora_rank
+    dtype = torch.bfloat16 if half and not full else torch.float32
+    net = load_model(about, dtype, quantize, device)
+    if half and not full and not about.config.tie_word_embeddings:
+        net.get_output_embeddings().float()                    # once, not in every call of logits
+    if adapter:
+        net = load_adapter(net, adapter, trainable=train and not full)
+        net = net.merge_and_unload().requires_grad_(True) if full else net
+    elif train and not full:
+        net = add_adapter(net, lora_rank, lora_alpha, seed)
+    for layer in net.get_decoder().layers if train and checkpointing else ():
+        layer.forward = computed_again(layer)
+    return net if quantize else net.to(device), tokenizer, about
+
+def computed_again(layer):
+    """Gradient checkpointing: a forward that keeps only its inputs, and runs a second time in the
+    backward pass. A method of the layer, so that a copy of the layer has one of its own."""
+    from torch.utils.checkpoint import checkpoint
+
+    def forward(self, *args, **kwargs):
+        plain = functools.partial(type(self).forward, self)
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return types.MethodType(forward, layer)
+
+def add_adapter(model, rank: int, alpha: float, seed: int, name: str = "default"):
+    """LoRA on all linear layers, float32, at first without effect; a second set if there is one."""
+    import peft
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=ALL_LINEAR, lora_dropout=0.0,
+                             task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)         # peft uses an old name
+        torch.manual_seed(seed)                                # it draws from the global generator
+        if hasattr(model, "peft_config"):
+            return model.add_adapter(name, config)
+        return peft.get_peft_model(model, config, adapter_name=name)
+
+def load_adapter(model, folder: Path, trainable: bool):
+    """A saved adapter on its base. Raises BadInput if a weight of it finds no place."""
+    import peft
+    from safetensors import safe_open
+    path = folder / "adapter_model.safetensors"
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no adapter_model.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with safe_open(path, "pt") as f:
+            left = set(f.keys()) ^ set(peft.get_peft_model_state_dict(
+                model, save_embedding_layers=False))
+        if left:
+            raise ValueError(f"weights do not fit: {sorted(left)[:3]}")
+        return model
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise BadInput(f"--model {folder}: adapter: {first_line(error)}") from None
+
+def adapter_shape(folder: Path) -> dict:
+    """lora_rank and lora_alpha of an adapter directory. Raises BadInput."""
+    known = read_json(folder / "adapter_config.json")
+    rank, alpha = known.get("r"), known.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
+        raise BadInput(f"{folder / 'adapter_config.json'} has r {rank!r}, lora_alpha {alpha!r}")
+    return {"lora_rank": rank, "lora_alpha": float(alpha)}
+
+# --------------------------------------------------------------------------------------- writing
+def stored_dtype(folder: Path):
+    """The precision that a checkpoint's config.json states; float32 if none."""
+    known = read_json(folder / "config.json")
+    name = str(known.get("dtype") or known.get("torch_dtype")).removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str = ""):
+    """Into a new directory: an adapter as peft writes it, on `base`, or the whole checkpoint in the
+    layout of its source: weights under the published names and in the stated precision, and every
+    small file of the source as it is."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    if hasattr(model, "peft_config"):
+        base = str(Path(base).resolve()) if Path(base).is_dir() else base
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+        (folder / "README.md").unlink(missing_ok=True)         # an empty model card
+        tokenizer.save_pretrained(folder)
+        return
+    dtype = stored_dtype(source) if source else None
+    weights = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=weights)          # the loading's renaming is undone
+    if source is None:
+        tokenizer.save_pretrained(folder)
+        return
+    (folder / "generation_config.json").unlink(missing_ok=True)    # the source's own, if it has one
+    for pattern in SMALL_FILES:
+        for file in source.glob(pattern):
+            if not file.name.endswith(".index.json") and file.name != "agrpo.json":
+                shutil.copyfile(file, folder / file.name)
+
+def save_model(path: Path, model, tokenizer, settings: dict, source: Path | None, base: str,
+               extra: dict | None = None):
+    """Write a directory that open_checkpoint reads, with the settings it was made with, whole or
+    not at all. extra: further modules, each as NAME.safetensors."""
+    from safetensors.torch import save_file
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")     # two may make the same base
+    save_weights(model, tokenizer, partial, source, base)
+    for name, module in (extra or {}).items():
+        state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+        save_file(state, partial / f"{name}.safetensors")
+    write_json(partial / "agrpo.json", settings)
+    if path.exists():
+        path.rename(old := path.with_name(f"{path.name}.{os.getpid()}.old"))
+        shutil.rmtree(old)
+    partial.rename(path)
+
+def read_extra(folder: Path, name: str, shapes: dict) -> dict | None:
+    """The state of a module saved beside a model, None if there is none. Raises BadInput."""
+    from safetensors.torch import load_file
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        return None
+    try:
+        saved = load_file(path)
+        if {k: tuple(v.shape) for k, v in saved.items()} != shapes:
+            raise ValueError("not of this model")
+        return saved
+    except Exception as error:
+        raise BadInput(f"{path}: {first_line(error)}") from None
+
+def fingerprint(model) -> str:
+    """Changes when the weights do: a hash of the first numbers of every parameter."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        digest.update(name.encode() + p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+def merge(model: str, block: int, out: str):
+    """--merge: adapter and base as one checkpoint, in the base's own layout and precision, for the
+    tools that read that. Raises BadInput."""
+    path = Path(out)
+    if os.path.lexists(path) or not path.parent.is_dir():
+        raise BadInput(f"--merge {out!r}: " + ("exists already" if os.path.lexists(path) else
+                                               f"there is no folder {path.parent}"))
+    about, tokenizer, adapter = open_checkpoint(model, block, weights=True)
+    if not adapter:
+        raise BadInput(f"--merge: {model} holds no adapter; give the trained model: --model "
+                       "runs/NAME")
+    net = load_adapter(load_model(about, stored_dtype(about.folder)), adapter, trainable=False)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_weights(net.merge_and_unload(), tokenizer, partial, about.folder)
+        for name in ("agrpo.json", "controller.safetensors"):  # its prompt, its sampler
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, partial / name)
+        partial.rename(path)
+    except OSError as error:
+        raise BadInput(f"--merge {path}: {error.strerror}") from None

@@ -1,0 +1,105 @@
+"""Examples: generated, from a file, or from a published data set; what is trained on, what not."""
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+from rewards import TASKS, BadInput, in_split, try_task
+
+def held_out(task: str, example: dict) -> bool:
+    """Whether an example's statement, up to symmetry, is one that no training here ever sees."""
+    return in_split(TASKS[task].key(example), "test")
+
+def check_files(data: str = "", test_data: str = ""):
+    """Raises BadInput unless the files can be read. Costs nothing: called before any work."""
+    for flag, path in (("--data", data), ("--test-data", test_data)):
+        if path and (os.path.isdir(path) or not os.access(path, os.R_OK)):
+            raise BadInput(f"cannot read {flag} {path}: there is no such file, or it is not ours")
+
+def read_rows(path: str, convert) -> list[dict]:
+    """The rows of a file, .csv with a header or lines of JSON, converted. BadInput has the line."""
+    found, number, table = [], 0, None
+    try:
+        raw = Path(path).read_bytes()
+        rows = io.StringIO(raw.decode("utf-8-sig"), newline="")
+        if str(path).lower().endswith(".csv"):
+            rows = table = csv.DictReader(rows)
+        for number, row in enumerate(rows, start=1):
+            if table or row.strip():
+                row = row if table else json.loads(row)
+                if not isinstance(row, dict):
+                    raise ValueError("one object a line")
+                found.append(convert(row))
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}:{1 + raw.count(10, 0, error.start)}: {error}") from None
+    except Exception as error:                             # of a row, or of code that is not ours
+        number = table.line_num + isinstance(error, csv.Error) if table else number
+        missing = "no column " if isinstance(error, KeyError) else ""
+        raise BadInput(f"{path}:{number}: {missing}{error}") from None
+    if not found:
+        raise BadInput(f"{path}: no rows in it")
+    return found
+
+def read_pairs(path: str) -> list[dict]:
+    """The rows {"prompt", "completion"} of a file of JSON lines. Raises BadInput."""
+    def convert(row):
+        for name in ("prompt", "completion"):
+            if not isinstance(row.get(name), str) or not row[name]:
+                raise ValueError(f'no text {name!r} in it: {{"prompt": ..., "completion": ...}}')
+            row[name].encode()                             # no half of a surrogate pair
+        return row
+    return read_rows(path, convert)
+
+def from_file(task: str, path: str) -> list[dict]:
+    """The examples of a file. Raises BadInput."""
+    def convert(row):
+        TASKS[task].key(example := TASKS[task].row(row))   # by way of the columns that it needs
+        return example
+    check_files(path)
+    return read_rows(path, convert)
+
+def from_hub(task: str, split: str) -> list[dict]:
+    """The examples of a published data set, downloaded once. Raises BadInput with what helps."""
+    if not TASKS[task].hub:
+        raise BadInput(f"--task {task} needs --data FILE")
+    import datasets
+    import huggingface_hub
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()    # its retries take half a minute
+    name, config, part = TASKS[task].hub[split]
+    try:
+        return [TASKS[task].row(row) for row in datasets.load_dataset(name, config, split=part)]
+    except Exception as error:                             # many kinds, from three libraries
+        column = "problem" if task == "math" else "question"
+        raise BadInput(f"cannot load {name} ({type(error).__name__}): without network give --data "
+                       f"FILE, lines of JSON with {column} and answer") from None
+
+def load_examples(task: str, n: int, seed: int, split: str, path: str = "") -> list[dict]:
+    """The first `n` examples (0: all) of a file, or of a split, generated or published."""
+    if path or not TASKS[task].generate:
+        return (from_file(task, path) if path else from_hub(task, split))[:n or None]
+    examples = list(TASKS[task].generate(n, seed, split) or [])
+    if len(examples) != n:
+        raise BadInput(f"task {task}: generate made {len(examples)} examples of {n}")
+    return examples
+
+def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_path: str = ""):
+    """Training and held-out examples, no statement in both: generated or published, or from files;
+    a file without a second one is divided by `held_out`."""
+    check_files(path, test_path)
+    if not path and TASKS[task].generate:
+        train, test = load_examples(task, n, seed, "train"), load_examples(task, n_test, 0, "test")
+    elif path and not test_path:
+        examples = from_file(task, path)
+        train, test = ([ex for ex in examples if held_out(task, ex) == side] for side in (0, 1))
+    else:
+        test, key = load_examples(task, 0, 0, "test", test_path), TASKS[task].key
+        tested = set(map(key, test))
+        train = [ex for ex in load_examples(task, 0, 0, "train", path) if key(ex) not in tested]
+    if not train or not test:
+        raise BadInput(f"--data {path}: too few examples to train on some and hold others out")
+    try_task(task, train[0])
+    return train, test[:n_test]

@@ -1,0 +1,445 @@
+"""The command line: settings, their presets, what goes with what, and mistakes in one line.
+
+Settings have owners: agrpo.Config what the method reads, each file of methods/ its own, this file
+the run's. All together are one flat object, `cfg`, and a flag each. Their comments are the help.
+"""
+import contextlib
+import dataclasses
+import inspect
+import io
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from rewards import FORMATS, TASKS, BadInput, read_weights
+from support.checkpoints import (adapter_shape, base_of, check_model_exists, in_run,
+                                 open_checkpoint)
+from support.cost import SMALL, parameter_count
+from support.data import check_files
+from support.runs import read_json
+
+TINY = ("tiny", "tiny-block")          # models made here
+LLADA = "GSAI-ML/LLaDA-8B-Instruct"    # what the tasks without a tiny model start from
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What to learn, with which model, where."""
+    task: str = "sudoku"               # what to learn
+    model: str = "tiny"                # "tiny", "tiny-block", a directory, or the hub's owner/name
+    data: str = ""                     # a file of examples instead of generated or published ones
+    test_data: str = ""                # a file to hold out; without it a fifth of --data is
+    max_steps: int = 100               # optimizer steps = rollouts
+    preset: str = ""                   # official: the published estimator; 24gb, 80gb: for GPUs
+    sft: str = ""                      # fine-tuning instead of RL: gold, or a file of answers
+    device: str = "auto"               # auto: cuda if there is one
+    name: str = ""                     # of the folder runs/NAME; default: TASK-METHOD-seedSEED
+    prompt: str = ""                   # bare, agrpo, d1; default: as trained here, else agrpo
+    system_prompt: str = ""            # instructions in place of the prompt's own
+    rollout_batch: int = 256           # completions denoised at once: memory, never the gradient
+    save_every: int = 1                # steps between checkpoints
+    eval_every: int = 20               # steps between points of the held-out curve; 0: off
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """The reward."""
+    reward_weights: str = ""           # of its parts, such as correct=3,format=0.5
+    overlong_penalty: float = 0.0      # taken from the reward of a completion that is full ...
+    overlong_from: float = 0.8         # ... rising from 0 at this share of its length
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Evaluation before, while and after."""
+    eval_examples: int = 512           # held-out examples; the curve takes half of them
+    eval_length: int = 0               # completion length; 0: as in training
+    eval_block_length: int = 0         # likewise
+    eval_steps: str = "16,8,4"         # denoising steps; the first is the headline
+    report_to: str = ""                # also to tensorboard, wandb or trackio, by accelerate
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The model's weights."""
+    lora_rank: int = 0                 # of adapters on all linear layers; 0: all weights [64]
+    lora_alpha: float = 64.0           # adapters' outputs count alpha / rank times
+    quantize: str = ""                 # 4bit: the frozen base in NF4 (bitsandbytes, a GPU)
+    gradient_checkpointing: str = "auto"   # on, off; auto: if memory would not suffice
+    compile: str = "off"               # on: torch.compile of the model
+    model_block: int = 0               # tokens in an attention block; 0: as config.json says
+
+@dataclasses.dataclass(frozen=True)
+class Actions:
+    """What to do."""
+    resume: bool = False               # continue runs/NAME
+    overwrite: bool = False            # replace runs/NAME
+    rebuild_base: bool = False         # train the tiny base model again
+    merge: str = ""                    # write the adapter of --model and its base here, and stop
+    help_all: bool = False             # all flags: of every method, the tiny model, memory
+
+TASK_SHAPES = {                        # what a task needs otherwise; flags win over all of these
+    "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3",
+                  "max_steps": 150, "lr": 1e-3, "base_batch": 48}}
+RECIPE = {                             # of all but tiny models: as published, five epochs of GSM8K
+    "max_steps": 2335, "prompts": 16, "completions": 8, "completion_length": 384,
+    "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
+    "mc_steps": 24, "lora_rank": 64, "lr": 5e-6, "warmup": 23, "decay_steps": 2335,
+    "eval_length": 256, "eval_block_length": 32, "eval_steps": "128", "eval_examples": 256,
+    "eval_every": 100}
+PRESETS = {
+    "": {},
+    "official": {"unmasking": "random", "timesteps": "low_discrepancy", "mc_steps": 2,   # 24 of 128
+                 "normalizer": "last_step", "advantage": "mean"},
+    "24gb": {"rollout_batch": 8, "tokens_per_pass": 2048},                     # below 60 GB
+    "80gb": {"rollout_batch": 64, "tokens_per_pass": 4096}}                    # above
+SFT = {                                # --sft: tiny models, others
+    True: {"lr": 1e-3, "max_steps": 400, "prompts": 32, "warmup": 40, "decay_steps": 400},
+    False: {"lr": 1e-5, "max_steps": 1000, "prompts": 16, "warmup": 20, "decay_steps": 1000}}
+GREEDY = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0,
+          "top_p": 1.0}                # how models are evaluated, as in the paper
+WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # prefix, dual
+MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass",
+              "gradient_checkpointing", "compile", "report_to")                # on --resume
+CONTROLLED = {"threshold": "threshold", "entropy": "entropy_bound"}            # the sampler set
+CHOICES = {
+    "task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
+    "device": ("auto", "cpu", "cuda"), "position_term": ("on", "off"),
+    "order_score": ("max_prob", "neg_entropy"), "compile": ("off", "on"),
+    "value_model": ("off", "on"), "gradient_checkpointing": ("auto", "on", "off"),
+    "cache": ("none", "prefix", "dual", "block"), "importance_level": ("completion", "step"),
+    "kl_reference": ("base", "old"), "controller": ("off", *CONTROLLED),
+    "controller_training": ("joint", "alone"),
+    "report_to": ("", "tensorboard", "wandb", "trackio")}      # and the tables of agrpo.py
+MAY_BE_ZERO = {
+    "seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup",
+    "decay_steps", "weight_decay", "eval_every", "base_lazy", "lora_rank", "eval_length",
+    "eval_block_length", "model_block", "dynamic_sampling", "clip_high", "kl", "prompt_masking",
+    "importance_cap", "truncation", "update_block", "gamma", "lam", "alpha"}
+
+def flag(name: str) -> str:
+    """max_steps -> --max-steps"""
+    return "--" + name.replace("_", "-")
+
+def read_flags(prog: str, text: str, owners: dict, argv: list[str]) -> dict:
+    """The flags given, of dataclasses by the name of their group; --help prints them and ends.
+    Raises BadInput with the parser's complaint in one line."""
+    import tyro
+    os.environ.setdefault("COLUMNS", "100")
+    argv = ["--help"] if {"-h", "--help", "--help-all"} & set(argv) else argv
+    both, said = dataclasses.make_dataclass("Flags", [
+        (name, owner, dataclasses.field(default_factory=owner))
+        for name, owner in owners.items()]), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found = tyro.cli(both, prog=prog, description=text, args=argv, config=(
+                tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except SystemExit as stop:
+        if stop.code == 0:                                     # help
+            raise
+        lines = [line.strip("│╭╮╰╯─|+- ") for line in said.getvalue().splitlines()]
+        what = [line for line in lines if line][1:2] or ["bad flags"]      # below its title
+        raise BadInput(f"{what[0]} (--help lists the flags)") from None
+    names = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
+    return {name: value for group in vars(found).values() for name, value in vars(group).items()
+            if name in names}
+
+def subset(owners: list[type], names: tuple, defaults: dict) -> type:
+    """A dataclass of some of their settings, with their comments and other defaults."""
+    from tyro.conf import arg
+    fields = []
+    for owner in owners:
+        meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(owner), re.M))
+        fields += [(f.name, Annotated[f.type, arg(help=meaning[f.name])],
+                    defaults.get(f.name, f.default))
+                   for f in dataclasses.fields(owner) if f.name in names]
+    return dataclasses.make_dataclass("Sampling", fields, frozen=True)
+
+def check_values(cfg, choices: dict, may_be_zero: set):
+    """Raises BadInput for a setting that is none of its choices, or a number that is negative,
+    infinite or zero against the rules."""
+    for field in dataclasses.fields(cfg):
+        value, rows = getattr(cfg, field.name), choices.get(field.name)
+        if rows is not None and value not in rows:
+            words = ", ".join(filter(None, rows))
+            raise BadInput(f"unknown {flag(field.name)} {value!r}: one of {words}")
+        if field.type in (int, float):
+            if value >= 2**31:
+                raise BadInput(f"{flag(field.name)} is too large")
+            zero = field.name in may_be_zero
+            if not (value > 0 or value == 0 and zero):         # nan is neither
+                least = "at least" if zero else "above"
+                raise BadInput(f"{flag(field.name)} {value} must be {least} 0")
+
+def numbers(text: str, name: str) -> list[int]:
+    """"16,8" -> [16, 8], each once. Raises BadInput."""
+    if not re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", text):
+        raise BadInput(f"{name} {text!r}: numbers separated by commas")
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+# ------------------------------------------------------------------------ settings before flags
+def made_here(model: str) -> str:
+    """Which of TINY a model is, or was trained from; "" for others."""
+    if model in TINY or not Path(model).is_dir():
+        return model if model in TINY else ""
+    folder = in_run(Path(model))
+    if (folder / "adapter_config.json").is_file():
+        folder = in_run(Path(base_of(folder)))
+    known = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    tiny = "tiny-block" if known.get("block_size") else "tiny"
+    return tiny if known.get("model_type") == "llama" else ""
+
+def saved_settings(model: str) -> dict:
+    """What a model was trained with here; {} if it was not."""
+    path = in_run(Path(model)) / "agrpo.json"
+    return read_json(path) if path.is_file() else {}
+
+def before_flags(given: dict, published: dict) -> dict:
+    """What the task, the kind of model, the method (published: as it is in the literature), the
+    preset and the GPU's memory ask for."""
+    task, preset, sft = (given.get(name, "") for name in ("task", "preset", "sft"))
+    task = task or "sudoku"
+    model = given.get("model") or ("tiny" if TASKS[task].speaks_tiny else LLADA)
+    if model not in TINY:
+        check_model_exists(model)
+    kind, settings = made_here(model), {"task": task, "model": model}
+    if kind:
+        settings |= TASK_SHAPES.get(task, {})
+        if model not in TINY and (in_run(Path(model)) / "adapter_config.json").is_file():
+            settings["lora_rank"] = RECIPE["lora_rank"]
+    else:
+        gpu = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 6e10
+        settings |= {**PRESETS[preset], **RECIPE, **PRESETS["80gb" if gpu else "24gb"]}
+    settings |= published
+    if kind:
+        settings["shrink"] = 2                                 # 8 of 128 would be half a step of 8
+    if kind or preset.endswith("gb"):
+        settings |= PRESETS[preset]
+    return {**settings, **(SFT[bool(kind)] if sft else {})}
+
+def with_prompt(cfg):
+    """The prompt settled: the one given, else the one this checkpoint was trained with here, else
+    the published one."""
+    if cfg.prompt:
+        return cfg
+    known = saved_settings(cfg.model)
+    style = known.get("prompt") or ("bare" if known or cfg.model in TINY else "agrpo")
+    system = cfg.system_prompt or str(known.get("system_prompt", ""))
+    return dataclasses.replace(cfg, prompt=str(style), system_prompt=system)
+
+def tiny_block(cfg) -> int:
+    """Tokens in a block of the tiny block-causal model; 0 for the one that sees everything."""
+    return (cfg.model_block or 4) if cfg.model == "tiny-block" else 0
+
+def with_model(cfg, given: dict):
+    """What the checkpoint settles: an adapter's rank is its own; a block-causal model is denoised
+    in the blocks of its attention, and where nothing else is asked for, one token a step."""
+    need_gpu(cfg)
+    def unless_given(**settings):
+        return dataclasses.replace(cfg, **{k: v for k, v in settings.items() if k not in given})
+    if cfg.model == "tiny" and cfg.model_block:
+        raise BadInput("--model-block: the model tiny attends both ways, tiny-block in blocks")
+    block, adapter = tiny_block(cfg), None
+    if cfg.model not in TINY:
+        checkpoint, _, adapter = open_checkpoint(cfg.model, cfg.model_block)
+        block = checkpoint.block
+    if adapter and cfg.lora_rank:
+        own = adapter_shape(adapter)
+        if other := [f"{flag(k)} {given[k]}" for k in own if given.get(k, own[k]) != own[k]]:
+            raise BadInput(f"{other[0]}: the adapter in {cfg.model} has "
+                           f"{', '.join(f'{k} {v}' for k, v in own.items())}; --lora-rank 0 trains "
+                           "all weights")
+        cfg = dataclasses.replace(cfg, **own)
+    cache = given.get("cache", "block" if block else "none")
+    if cache in (("prefix", "dual") if block else ("block",)):
+        kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
+        raise BadInput(f"--cache {cache}: {cfg.model} attends {kinds}")
+    cfg = dataclasses.replace(cfg, cache=cache)
+    if cache in ("prefix", "dual") and cfg.method in ("agrpo", "exact"):
+        cfg = unless_given(**WITH_CACHE)
+    if not block and (cfg.method == "dipo" or cfg.update_block):
+        needs = "--update-block" if cfg.update_block else "--method dipo"
+        raise BadInput(f"{needs} needs a block-causal model (SDAR, --model tiny-block): "
+                       f"{cfg.model} attends in both directions")
+    C = cfg.completion_length
+    if cfg.controller != "off":                                # it may take any number of steps
+        rule, had = CONTROLLED[cfg.controller], saved_settings(cfg.model).get("controller", "off")
+        if given.get("unmasking", rule) != rule:
+            raise BadInput(f"--controller {cfg.controller} goes with --unmasking {rule}")
+        if had not in ("off", cfg.controller):
+            raise BadInput(f"--controller {cfg.controller}: {cfg.model} has another kind, {had}")
+        cfg = unless_given(unmasking=rule, steps=C, position_term="off",
+                           eval_steps=str(cfg.eval_length or C))
+    if not block:
+        return cfg
+    if other := {given.get(k, block) for k in ("block_length", "eval_block_length")} - {block, 0}:
+        raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of "
+                       f"{block}; leave it out")
+    steps = eval_steps = C
+    if made_here(cfg.model) and "completion_length" not in given:
+        C = (-(-C // block) + 1) * block                       # the first is what the prompt left
+        halves = [C >> k for k in range(3) if block % 2**k == 0]
+        steps, eval_steps = halves[:2][-1], ",".join(map(str, halves))
+        if cfg.controller != "off":
+            steps, eval_steps = C, C
+    elif cfg.eval_length:
+        eval_steps = cfg.eval_length
+    return unless_given(block_length=block, eval_block_length=block, shrink=1, completion_length=C,
+                        steps=steps, eval_steps=str(eval_steps))
+
+def for_evaluation(cfg):
+    """cfg with the greedy sampler, or the controller's, and the shape to evaluate with."""
+    at = dataclasses.replace(
+        cfg, completion_length=cfg.eval_length or cfg.completion_length,
+        block_length=cfg.eval_block_length or cfg.block_length,
+        cache="none" if cfg.cache in ("prefix", "dual") else cfg.cache, **GREEDY)
+    if cfg.controller == "off":
+        return at
+    return dataclasses.replace(at, unmasking=CONTROLLED[cfg.controller], controller_sigma=1e-9)
+
+# ------------------------------------------------------------------------------ what cannot work
+def device_for(cfg) -> str:
+    """"cpu", or this process's "cuda:i"."""
+    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"          # several processes: one GPU each
+    return local if cfg.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+
+def need_gpu(cfg):
+    """Raises BadInput, one line that says what would run here, if the model is too large for a
+    machine without a GPU; before that for a model or a file of examples that is not there."""
+    if cfg.model in TINY:
+        return
+    check_files(cfg.data, cfg.test_data)
+    local = Path(cfg.model).is_dir()
+    small = local and parameter_count(
+        open_checkpoint(cfg.model, cfg.model_block)[0].config) < SMALL
+    asked = not local and cfg.device == "cpu" and cfg.model != LLADA
+    if device_for(cfg) == "cpu" and not small and not asked:
+        raise BadInput(
+            f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters "
+            "with adapters), and there is none here. Here runs: python agrpo.py --task sudoku (a "
+            "tiny model, minutes; of your own tasks, those with generate and lazy), or --model DIR "
+            "--device cpu with a checkpoint below 1 billion parameters (the README makes one)")
+
+GOES_WITH = (                          # settings, what they act with only, whether it is there
+    ("mc_steps timesteps", "--method agrpo", lambda c: c.method == "agrpo"),
+    ("preset", "--method agrpo", lambda c: c.preset != "official" or c.method == "agrpo"),
+    ("clip clip_high", "--inner-epochs 2 or more: at the first every ratio is 1",
+     lambda c: c.inner_epochs > 1),
+    ("kl_reference", "--kl", lambda c: c.kl > 0),
+    ("kl", "--inner-epochs 2 or more, or --kl-reference base",
+     lambda c: c.inner_epochs > 1 or c.kl_reference == "base"),
+    ("lora_alpha", "--lora-rank", lambda c: c.lora_rank > 0),
+    ("overlong_from", "--overlong-penalty", lambda c: c.overlong_penalty > 0),
+    ("order_score", "--unmasking confidence or plackett_luce",
+     lambda c: c.unmasking in ("confidence", "plackett_luce")),
+    ("tau_pos", "--unmasking plackett_luce", lambda c: c.unmasking == "plackett_luce"),
+    ("threshold", "--unmasking threshold", lambda c: c.unmasking == "threshold"),
+    ("entropy_bound", "--unmasking entropy_bound", lambda c: c.unmasking == "entropy_bound"),
+    ("importance_cap importance_level", "--cache prefix or dual",
+     lambda c: c.cache in ("prefix", "dual")),
+    ("prompt_masking", "--method diffu-grpo", lambda c: c.method == "diffu-grpo"),
+    ("truncation", "--method diffpo", lambda c: c.method == "diffpo"),
+    ("dynamic_sampling", "--method dipo", lambda c: c.method == "dipo"),
+    ("shrink update_block value_model", "--method tracerl", lambda c: c.method == "tracerl"),
+    ("gamma lam value_lr", "--value-model on", lambda c: c.value_model == "on"),
+    ("alpha controller_training controller_sigma controller_lr", "--controller",
+     lambda c: c.controller != "off"))
+
+def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), training=True):
+    """Raises BadInput with one line for any setting that cannot work, before any work."""
+    def need(holds, message):
+        if not holds:
+            raise BadInput(message)
+    zero = MAY_BE_ZERO | (set() if training else {"temperature"})
+    check_values(cfg, {**CHOICES, **choices}, zero)
+    speak = " and ".join(name for name, task in TASKS.items() if task.speaks_tiny)
+    need(cfg.model not in TINY or TASKS[cfg.task].speaks_tiny,
+         f"--model {cfg.model} speaks {speak} only (tasks with generate and lazy): --task "
+         f"{cfg.task} needs --model DIR")
+    at, C = for_evaluation(cfg), cfg.completion_length
+    for length, L, all_steps in ((C, cfg.block_length, [cfg.steps] if training else []),
+                                 (at.completion_length, at.block_length,
+                                  numbers(cfg.eval_steps, "--eval-steps"))):
+        need(length % L == 0, f"completion length {length} is not a multiple of --block-length {L}")
+        fit = [n for n in range(length, 0, -1) if length % n == 0 and n * L % length == 0]
+        for steps in all_steps:
+            need(steps in fit, f"{steps} steps do not reveal equal parts of the {length} tokens, "
+                 f"and of each block of {L}; these do: " + ", ".join(map(str, fit)))
+    need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k),
+         "--top-p is at most 1, and needs --top-k: the support is stored as ids")
+    need(cfg.completions > 1, "--completions must be at least 2: an advantage compares them")
+    need(not {"mc_steps"} & set(given) or cfg.mc_steps <= cfg.steps,
+         f"--mc-steps {cfg.mc_steps}: there are {cfg.steps} steps; --method exact takes all")
+    for name in ("threshold", "base_lazy", "gamma", "lam"):
+        need(getattr(cfg, name) <= 1, f"{flag(name)} must be at most 1")
+    for name in ("overlong_from", "prompt_masking"):
+        need(getattr(cfg, name) < 1, f"{flag(name)} must be below 1")
+    for name in ("temperature", "tau_pos"):
+        value = getattr(cfg, name)
+        need(1e-3 <= value <= 1e3 or value == 0 == cfg.temperature,
+             f"{flag(name)} {value} must be between 0.001 and 1000")
+    need(not cfg.test_data or cfg.data or TASKS[cfg.task].hub, "--test-data goes with --data")
+    check_files(cfg.data, cfg.test_data)
+    read_weights(cfg.task, cfg.reward_weights)
+    need(cfg.model not in TINY or max(C, cfg.eval_length) <= 200,
+         f"--completion-length {C}: the tiny model's context is 256")
+    need(max(cfg.train_examples, cfg.eval_examples) <= 100_000,
+         "--train-examples and --eval-examples must be at most 100000")
+    need(cfg.base_hidden % 16 == 0, f"--base-hidden {cfg.base_hidden} must be a multiple of 16")
+    need(re.fullmatch(r"\w[\w.-]{0,100}", cfg.name or "x"),
+         f"--name {cfg.name!r} must be a plain name: the folder is runs/NAME")
+    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
+    need(not cfg.quantize or device_for(cfg) != "cpu" and find_spec("bitsandbytes")
+         and (cfg.lora_rank or not training),
+         f"--quantize {cfg.quantize} needs a GPU, bitsandbytes and adapters (--lora-rank 64)")
+    need(not cfg.report_to or find_spec(cfg.report_to),
+         f"--report-to {cfg.report_to}: the package {cfg.report_to} is not installed")
+    need(not cfg.sft or cfg.sft == "gold" or Path(cfg.sft).is_file(),
+         f"--sft {cfg.sft}: gold, or a file of prompts and completions")
+    need(not cfg.sft or cfg.controller == cfg.value_model == "off",
+         "--sft trains no controller and no value model")
+    if not training:
+        return
+    cached = cfg.cache in ("prefix", "dual")
+    need(cfg.position_term == "off" or not order_term or published.get("position_term") != "off",
+         f"--position-term on goes with states as the sampler saw them (agrpo, exact), --method "
+         f"{cfg.method} scores tokens only")
+    need(not cfg.update_block or cfg.update_block % cfg.block_length == 0,
+         f"--update-block {cfg.update_block} is not a multiple of the rollout's blocks of "
+         f"{cfg.block_length}")
+    need(cfg.controller == "off" or cfg.value_model == "off" and not cfg.update_block
+         and cfg.method != "dipo" or cfg.method == "dipo" and not cfg.dynamic_sampling,
+         "--controller goes without --value-model, --update-block and --dynamic-sampling")
+    need(not cached or cfg.controller == cfg.value_model == "off" and not cfg.sft,
+         f"--cache {cfg.cache} goes without --controller, --value-model, --sft")
+    need(not cached or cfg.method in ("agrpo", "exact")
+         or cfg.method == "tracerl" and cfg.shrink == 1,
+         f"--cache {cfg.cache} goes with states as the sampler saw them (agrpo, exact, tracerl "
+         "--shrink 1)")
+    whole = cached and cfg.importance_cap and cfg.importance_level == "completion"
+    need(not whole or cfg.normalizer != "last_step",
+         "--normalizer last_step counts only a part of the steps, whole completions are weighted "
+         "by all: --normalizer steps, or --importance-level step")
+    need(not whole or cfg.method != "agrpo" or cfg.timesteps == "independent_gradient",
+         f"--timesteps {cfg.timesteps} with --cache {cfg.cache}: --timesteps independent_gradient "
+         "(whole completions are weighted by steps drawn so), or --importance-level step")
+    need(not cached or cfg.position_term == "off" or not order_term or whole,
+         f"--position-term on with --cache {cfg.cache} needs weights of whole completions: "
+         "--importance-level completion and --importance-cap above 0, or --position-term off")
+    for names, words, holds in GOES_WITH:
+        for name in set(names.split()) & set(given):
+            need(holds(cfg), f"{flag(name)} {getattr(cfg, name)} goes with {words}")
+
+def default_name(cfg) -> str:
+    """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the
+    run apart from the plain one."""
+    begun = [cfg.model] if cfg.model == "tiny-block" else []
+    if made_here(cfg.model) and cfg.model not in TINY:
+        begun = [f"on-{Path(cfg.model).name}"]
+    what = [cfg.method, cfg.preset]
+    if cfg.method == "agrpo":
+        what = [cfg.preset or cfg.method]
+    what = ["sft"] if cfg.sft else [*filter(None, what)]
+    what += ["value"] * (cfg.value_model == "on")
+    what += [f"{cfg.controller}-{cfg.controller_training}"] * (cfg.controller != "off")
+    return "-".join([cfg.task, *begun, *what, f"seed{cfg.seed}"])[:100]

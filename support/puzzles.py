@@ -1,0 +1,84 @@
+"""The makers of 4x4 Sudokus and Countdowns, and the split that an example belongs to."""
+import hashlib
+import itertools
+import operator
+import random
+import re
+from fractions import Fraction
+
+import numpy as np
+
+ORDERS = list(itertools.permutations(range(4)))
+BANDS = [a + b for a in ORDERS for b in ORDERS if len({*a[:2], *b[:2]}) == 4]
+GRIDS = 1 + np.array([a + b for a in BANDS for b in BANDS            # all (288, 16), of 1 to 4
+                      if all(len({a[c], a[c + 4], b[c], b[c + 4]}) == 4 for c in range(4))], "i1")
+SOLUTIONS = {"".join(map(str, grid)) for grid in GRIDS}
+SWAPS = [p for p in ORDERS if p[0] // 2 == p[1] // 2]      # of rows or columns: bands stay bands
+IMAGES = [np.arange(16).reshape(4, 4)[np.ix_(rows, cols)] for rows in SWAPS for cols in SWAPS]
+SYMMETRIES = np.reshape([(image, image.T) for image in IMAGES], (128, 16))
+
+def in_split(key, split: str, test_share: float = 0.2) -> bool:
+    """Whether examples of a key (Task.key) are in `split`: a hash decides, whatever the seed."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return (int.from_bytes(digest[:4], "big") < test_share * 2**32) == (split == "test")
+
+def sudoku_class(puzzles: np.ndarray) -> np.ndarray:
+    """(n, 16) puzzles -> (n,) int64, equal for two puzzles iff a symmetry of the grid and a
+    renaming of the digits maps one to the other."""
+    images = np.asarray(puzzles)[:, SYMMETRIES]                                # (n, 128, 16)
+    cells = [(images == digit) @ 5 ** np.arange(15, -1, -1) for digit in range(1, 5)]
+    renamed = np.tensordot([4, 3, 2, 1], np.sort(cells, 0), 1)       # 1 is what appears first
+    return renamed.min(-1)                                           # the smallest image
+
+def sudoku_generate(n: int, seed: int, split: str) -> list[dict]:
+    """`n` different puzzles with one solution, 6 to 10 empty cells, of the classes of `split`."""
+    rng, found = np.random.default_rng([seed, split == "test"]), {}
+    while len(found) < n:
+        solution = GRIDS[rng.integers(288, size=512)]
+        holes = rng.integers(6, 11, size=(512, 1))
+        puzzle = np.where(rng.random((512, 16)).argsort(1).argsort(1) < holes, 0, solution)
+        solves = ((puzzle[:, None] == GRIDS) | (puzzle[:, None] == 0)).all(-1)     # (512, 288)
+        puzzle, solution = (cells[solves.sum(1) == 1] for cells in (puzzle, solution))
+        for p, s, c in zip(puzzle, solution, sudoku_class(puzzle)):
+            if in_split(int(c), split):
+                found.setdefault("".join(map(str, p)), "".join(map(str, s)))
+    return [{"puzzle": p, "solution": s} for p, s in itertools.islice(found.items(), n)]
+
+def sudoku_lazy(example: dict, rng: random.Random) -> str:
+    """Each row's holes filled with its missing digits, in order: columns and boxes are ignored."""
+    rows = re.findall("....", example["puzzle"])
+    for i, row in enumerate(rows):
+        for digit in sorted(set("1234") - set(row)):
+            rows[i] = rows[i].replace("0", digit, 1)
+    return "".join(rows)
+
+def countdown_solve(nums: list, target: int) -> str | None:
+    """An expression for the target: sums and differences, in the given order, where possible.
+    >>> countdown_solve([3, 4, 2], 14), countdown_solve([30, 100, 93], 23), countdown_solve([3], 7)
+    ('2*(3+4)', '30-100+93', None)"""
+    for order in itertools.permutations(nums):
+        for signs in itertools.product((1, -1), repeat=len(nums) - 1):
+            terms = [order[0], *map(operator.mul, signs, order[1:])]
+            if sum(terms) == target:
+                return "".join(f"{term:+}" for term in terms).removeprefix("+")
+
+    def search(pool):                                      # merges any two until one is left
+        if len(pool) == 1:
+            return pool[0][0] if pool[0][1] == target else None
+        for (i, (a, x)), (j, (b, y)) in itertools.permutations(enumerate(pool), 2):
+            rest = [pair for k, pair in enumerate(pool) if k not in (i, j)]
+            for op, value in zip("+-*/", (x + y, x - y, x * y, x / y if y else None)):
+                if value is not None and (found := search([*rest, (f"({a}{op}{b})", value)])):
+                    return found
+    found = search([(str(n), Fraction(n)) for n in nums])
+    return found and found[1:-1]
+
+def countdown_generate(n: int, seed: int, split: str) -> list[dict]:
+    """`n` different statements: 3 two-digit numbers, a target in 1..100 that + and - reach."""
+    rng, found = np.random.default_rng([seed, split == "test"]), {}
+    while len(found) < n:
+        nums, sign = rng.integers(10, 100, 3), rng.choice([-1, 1], 3)
+        target = int((nums * sign).sum())
+        if 1 <= target <= 100 and in_split((*sorted(nums.tolist()), target), split):
+            found.setdefault((*nums.tolist(), target))
+    return [{"nums": nums, "target": target} for *nums, target in found]

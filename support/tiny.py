@@ -1,0 +1,118 @@
+"""The tiny models: a tokenizer of characters, a stock Llama, and its first training."""
+import dataclasses
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rewards import TASKS, BadInput, prompt_for
+from support.checkpoints import encode_prompts, save_model
+from support.data import load_examples
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The tiny base model."""
+    train_examples: int = 4096         # generated; a file gives all it has
+    base_steps: int = 1600             # steps of supervised fine-tuning
+    base_batch: int = 32               # rows per step
+    base_lr: float = 3e-3              # up for a tenth of the steps, then down to zero
+    base_lazy: float = 0.6             # share of the corpus whose answers follow the lazy rule
+    base_hidden: int = 64              # width; heads of 16
+    base_layers: int = 4               # of the Llama
+
+def tiny_tokenizer():
+    """One token a character (printable ASCII), with a chat template, as every other checkpoint."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<pad>", "<unk>", "<eos>", "<mask>", "<|user|>", "<|assistant|>"]
+    characters = [chr(c) for c in [10, *range(32, 127)]]
+    vocab = {token: i for i, token in enumerate(special + characters)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
+        mask_token="<mask>", additional_special_tokens=special[4:], padding_side="left",
+        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    return tokenizer
+
+def tiny_model(tokenizer, cfg, block: int = 0):
+    """A stock Llama that attends in both directions, or to blocks of so many tokens and those
+    before them, randomly initialised from the seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=cfg.base_hidden,
+        intermediate_size=4 * cfg.base_hidden, num_hidden_layers=cfg.base_layers,
+        num_attention_heads=cfg.base_hidden // 16, initializer_range=0.06,
+        rope_parameters={"rope_type": "default", "rope_theta": 4.0},   # a context of 40, not 4000:
+        max_position_embeddings=256,           # a slow rotation cannot tell neighbours apart
+        tie_word_embeddings=False, use_cache=False, is_causal=False, pad_token_id=None,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        mask_token_id=tokenizer.mask_token_id, **({"block_size": block} if block else {}))
+    with torch.random.fork_rng(devices=[]):    # initialisation draws from the global generator
+        torch.manual_seed(cfg.seed)
+        return LlamaForCausalLM(config)
+
+def train_base(policy, tokenizer, cfg, encode_answers, sft_loss, g):
+    """SFT on answers of which a share of base_lazy follow a lazy rule, the others are right: able,
+    but not inclined. Many samples find a right answer, a single one seldom does."""
+    task, device = TASKS[cfg.task], next(policy.parameters()).device
+    examples = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train")
+    ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare")
+                                                  for ex in examples])
+    rng = random.Random(cfg.seed)
+    texts = zip(*[(task.gold(ex), task.lazy(ex, rng)) for ex in examples])
+    answers = torch.stack([encode_answers(tokenizer, kind, cfg.completion_length, policy)
+                           for kind in texts])                 # 0 right, 1 lazy
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95),
+                                  weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
+    print(f"making the tiny base model: {cfg.base_steps} steps of supervised fine-tuning, once",
+          flush=True)
+    progress = tqdm(range(cfg.base_steps), "base model", unit="step", mininterval=1, disable=None)
+    for step in progress:
+        index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
+        lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
+        rows = ids[index], prompt_mask[index], answers[lazy, index]
+        loss = sft_loss(policy, *(x.to(device) for x in rows), g)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+def base_folder(cfg, block: int, start, encode_answers, sft_loss, g, rebuild: bool = False) -> str:
+    """Directory of the tiny base model, trained on the first call and kept under $AGRPO_CACHE
+    (~/.cache/agrpo). start(tokenizer, block) -> a new policy. Raises BadInput."""
+    task, some = TASKS[cfg.task], load_examples(cfg.task, 16, cfg.seed, "train")
+    corpus = [(prompt_for(cfg.task, ex, "bare"), task.gold(ex), task.lazy(ex, random.Random(0)))
+              for ex in some]                                  # a task edited is another
+    knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith("base_")
+             or k in ("task", "seed", "completion_length", "train_examples")}
+    knobs |= {"block": block, "corpus": corpus}
+    key = hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("AGRPO_CACHE", "~/.cache/agrpo")).expanduser()
+    path = cache / f"{cfg.model}-{cfg.task}-{key}"
+    if not rebuild and (path / "config.json").is_file():
+        return str(path)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot keep the base model in {cache}: {error}") from None
+    tokenizer = tiny_tokenizer()
+    policy = start(tokenizer, block)
+    train_base(policy, tokenizer, cfg, encode_answers, sft_loss, g)
+    if rebuild or not path.exists():                           # another may have been faster
+        save_model(path, policy.model, tokenizer, dataclasses.asdict(cfg), None, "")
+    return str(path)

@@ -1,0 +1,548 @@
+"""The tables of README.md and assets/README.md, from the CSV files under assets/.
+
+    python tests/measure/tables.py             rewrites them in place
+
+A table stands between <!-- NAME --> and <!-- /NAME -->, where NAME is a function below. How the CSV
+files were made: assets/README.md.
+"""
+
+import csv
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from support.completions import wilson  # noqa: E402
+
+PAGES = (ROOT / "README.md", ROOT / "assets" / "README.md")
+METHODS = ("agrpo", "exact", "dipo", "tracerl", "diffpo", "diffu-grpo")
+SAMPLERS = (
+    "low_confidence",
+    "low_confidence, tokens only",
+    "confidence",
+    "plackett_luce",
+    "random",
+    "official preset",
+)
+
+
+def read(name: str) -> list[dict]:
+    with open(ROOT / "assets" / name) as f:
+        return [
+            {
+                k: float(v) if re.fullmatch(r"-?[0-9.]+(e[-+]?[0-9]+)?", v) else v
+                for k, v in row.items()
+            }
+            for row in csv.DictReader(f)
+        ]
+
+
+def markdown(header: list, rows: list) -> str:
+    return "\n".join(
+        f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *rows)
+    )
+
+
+def spread(values: list, digits: int = 1) -> str:
+    return (
+        f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
+        if len(values) > 1
+        else f"{values[0]:.{digits}f}"
+    )
+
+
+def at(points: list[tuple], x: float) -> float:
+    """Linear between measured points, level beyond the last."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def groups(rows: list, *keys) -> dict:
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[k] for k in keys), []).append(row)
+    return found
+
+
+# --------------------------------------------------------------------------------------- results
+def first_steps(rows: list) -> list:
+    """Of each run the row of the headline number of steps, which comes first."""
+    return [
+        own[0]
+        for _, own in sorted(
+            groups(rows, "task", "seed").items(),
+            key=lambda item: (item[0][0] != "sudoku", *item[0]),
+        )
+    ]
+
+
+def results() -> str:
+    lines = []
+    for (task,), own in groups(first_steps(read("results.csv")), "task").items():
+        half, quarter = (
+            [
+                100 * r["trained"]
+                for r in groups(read("results.csv"), "task", "steps")[task, own[0]["steps"] // k]
+            ]
+            for k in (2, 4)
+        )
+        lines.append(
+            [
+                task,
+                f"{spread([100 * r['base'] for r in own])} in {own[0]['steps']:.0f}",
+                f"{spread([100 * r['trained'] for r in own])} in {own[0]['steps']:.0f}",
+                f"{spread(half)} in {own[0]['steps'] / 2:.0f}",
+                f"{spread(quarter)} in {own[0]['steps'] / 4:.0f}",
+                len(own),
+                f"{own[0]['n']:.0f}",
+                spread([(r["rollout_seconds"] + r["update_seconds"]) / 60 for r in own]),
+                f"`python agrpo.py --task {task} --seed SEED`",
+            ]
+        )
+    return markdown(
+        [
+            "task",
+            "base, % in NFE",
+            "trained",
+            "at half of the steps",
+            "at a quarter",
+            "seeds",
+            "n each",
+            "minutes of rollout and update",
+            "command",
+        ],
+        lines,
+    )
+
+
+def seeds() -> str:
+    def with_interval(solved: float, n: float) -> str:
+        low, high = wilson(round(solved * n), int(n))
+        return f"{100 * solved:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+    lines = []
+    for r in first_steps(read("results.csv")):
+        shares = [with_interval(r[k], r["n"]) for k in ("base", "trained")]
+        lines.append(
+            [
+                r["task"],
+                f"{r['seed']:.0f}",
+                *shares,
+                f"{100 * (r['trained'] - r['base']):+.1f}",
+                f"{r['total_seconds'] - r['base_model_seconds']:.0f}",
+                f"{r['peak_memory_mb']:.0f}",
+            ]
+        )
+    return markdown(
+        ["task", "seed", "base, %", "trained, %", "gain", "seconds", "memory, MB"], lines
+    )
+
+
+def fewer_steps() -> str:
+    lines = []
+    for first in first_steps(read("results.csv")):
+        task, seed = first["task"], first["seed"]
+        full, half, quarter = groups(read("results.csv"), "task", "seed")[task, seed]
+        lines.append(
+            [
+                task,
+                f"{seed:.0f}",
+                f"{100 * full['base']:.1f} in {full['nfe']:.0f}",
+                *(f"{100 * r['trained']:.1f} in {r['nfe']:.0f}" for r in (half, quarter)),
+            ]
+        )
+    return markdown(
+        ["task", "seed", "base, % in denoiser calls", "trained, at half", "trained, at a quarter"],
+        lines,
+    )
+
+
+def share(row: dict, name: str = "solved") -> str:
+    """'5.8 (4.1 to 8.2)', or nothing"""
+    return (
+        f"{100 * row[name]:.1f} ({100 * row[name + '_low']:.1f} to {100 * row[name + '_high']:.1f})"
+        if row[name] != ""
+        else ""
+    )
+
+
+def puzzles() -> str:
+    rows = groups([r for r in read("evaluations.csv") if r["data"]], "task", "seed", "model")
+    lines = []
+    for task, seed in sorted({key[:2] for key in rows}, key=lambda key: (key[0] != "sudoku", key)):
+        (base,), (trained,) = rows[task, seed, "tiny"], rows[task, seed, "trained"]
+        unseen = [f"{100 * row['never_trained_on']:.1f}" for row in (base, trained)]
+        lines.append(
+            [
+                f"{base['data']}, {base['n']:.0f}",
+                f"{seed:.0f}",
+                share(base),
+                share(trained),
+                f"{', '.join(unseen)} ({base['never_n']:.0f})",
+            ]
+        )
+    return markdown(
+        [
+            "file, n",
+            "seed",
+            "base, %",
+            "trained, %",
+            "both on those in a class never trained on, % (n)",
+        ],
+        lines,
+    )
+
+
+def adaptive() -> str:
+    rows = [
+        r
+        for r in read("evaluations.csv")
+        if not r["data"] and r["k"] == 1 and r["model"] == "trained"
+    ]
+    return markdown(
+        ["`--unmasking`", "seed", "NFE", "solved, %", "n"],
+        [
+            [
+                f"`{r['unmasking']}`",
+                f"{r['seed']:.0f}",
+                f"{r['nfe']:.1f}",
+                share(r),
+                f"{r['n']:.0f}",
+            ]
+            for r in rows
+        ],
+    )
+
+
+def samples() -> str:
+    lines = []
+    for r in read("evaluations.csv"):
+        if r["k"] > 1:
+            greedy = next(
+                x
+                for x in first_steps(read("results.csv"))
+                if (x["task"], x["seed"]) == (r["task"], r["seed"])
+            )
+            lines.append(
+                [
+                    r["task"],
+                    f"{100 * greedy['base']:.1f}",
+                    share(r),
+                    share(r, "pass_at_k"),
+                    share(r, "majority"),
+                ]
+            )
+    return markdown(
+        ["task", "one greedy answer, %", "one sampled", "pass@16", "majority of 16"],
+        sorted(lines, reverse=True),
+    )
+
+
+# ----------------------------------------------------------------------------- bias and variance
+def bias() -> str:
+    lines = []
+    for (unmasking,), own in groups(read("bias.csv"), "unmasking").items():
+        low, high = (100 * f(r["tokens_only_median"] for r in own) for f in (min, max))
+        lines.append(
+            [
+                f"`{unmasking}`",
+                f"{max(r['error_max'] for r in own):.0e}",
+                *(
+                    [
+                        f"{low:.0f} to {high:.0f} %",
+                        f"{100 * max(r['tokens_only_max'] for r in own):.0f} %",
+                    ]
+                    if high > 1e-6
+                    else ["the same", ""]
+                ),
+            ]
+        )
+    return markdown(
+        [
+            "`--unmasking`",
+            "relative error",
+            "tokens only (`--position-term off`): median by setting",
+            "worst",
+        ],
+        lines,
+    )
+
+
+def at_passes(rows: list, rule: str, passes: float) -> float:
+    """Variance of a rule at so many passes, linear between its measured points in logarithms."""
+    from math import exp, log
+
+    points = sorted(
+        (log(r["passes"]), log(r["relative_variance"])) for r in rows if r["timesteps"] == rule
+    )
+    return exp(at(points, log(passes)))
+
+
+def variance() -> str:
+    lines = []
+    for passes in (1, 2, 3):
+        cells = []
+        for (_,), own in groups(read("variance.csv"), "model").items():
+            published, ours = (
+                at_passes(own, rule, passes) for rule in ("low_discrepancy", "batch_gradient")
+            )
+            cells.append(f"{published / ours:.0f}x ({ours:.2g} against {published:.2g})")
+        lines.append([passes, *cells])
+    return markdown(
+        ["passes per completion", "table denoiser, 6 steps", "tiny Sudoku model, 16 steps"], lines
+    )
+
+
+def methods_gradient(parameters: str = "shared") -> str:
+    kinds = [
+        (a, u) for a in ("full attention", "block-causal") for u in ("random", "low_confidence")
+    ]
+    rows, lines = [r for r in read("methods-gradient.csv") if r["parameters"] == parameters], []
+    for (method,), own in groups(rows, "method").items():
+        mine, cells = {(r["attention"], r["unmasking"]): r for r in own}, []
+        for r in map(mine.get, kinds):
+            cells += (
+                [
+                    f"{100 * r['bias_median']:.0f} % ({100 * r['bias_max']:.0f} %)"
+                    if r["bias_max"] > 1e-6
+                    else "0",
+                    f"{r['variance_times_passes']:.0f}",
+                ]
+                if r
+                else ["", ""]
+            )
+        lines.append([method, f"{mine['block-causal', 'random']['passes']:.1f}", *cells])
+    return markdown(
+        ["method", "passes", *(x for a, u in kinds for x in (f"{a}, {u}: bias", "noise"))], lines
+    )
+
+
+def methods_time() -> str:
+    return methods_pace(kinds=(0,))
+
+
+def methods_pace(kinds: tuple = (0, 1)) -> str:
+    runs = {
+        key: [[(r[x], r["held_out"]) for r in own] for x in ("seconds", "passes")]
+        for key, own in groups(read("methods.csv"), "task", "model", "method", "seed").items()
+    }
+    parts = sorted({key[:2] for key in runs}, reverse=True)
+    limits = {
+        part: [min(run[k][-1][0] for key, run in runs.items() if key[:2] == part) for k in (0, 1)]
+        for part in parts
+    }
+    lines = []
+    for method in METHODS:
+        cells = []
+        for part in parts:
+            own = [run for key, run in runs.items() if key[:3] == (*part, method)]
+            cells += [
+                spread([100 * at(run[k], limits[part][k]) for run in own]) if own else ""
+                for k in kinds
+            ]
+        lines.append([method, *cells])
+    return markdown(
+        [
+            "method",
+            *(
+                x
+                for t, m in parts
+                for x in [
+                    f"{t}, {m}: after {limits[t, m][0]:.0f} s",
+                    f"after {limits[t, m][1]:.0f} passes",
+                ][: len(kinds)]
+            ),
+        ],
+        lines,
+    )
+
+
+def samplers() -> str:
+    lines = []
+    for (task,), rows in sorted(groups(read("samplers.csv"), "task").items(), reverse=True):
+        held = {
+            key: [(r["seconds"], r["held_out"]) for r in own if r["held_out"] != ""]
+            for key, own in groups(rows, "sampler", "seed").items()
+        }
+        budget = min(points[-1][0] for points in held.values())
+        for sampler in SAMPLERS:
+            own = [points for key, points in held.items() if key[0] == sampler]
+            lines.append(
+                [
+                    task,
+                    sampler,
+                    len(own),
+                    spread([100 * points[-1][1] for points in own]),
+                    f"{spread([100 * at(points, budget) for points in own])} ({budget:.0f} s)",
+                ]
+            )
+    return markdown(
+        [
+            "task",
+            "sampler in training",
+            "seeds",
+            "held out, %, at the end",
+            "at equal time of rollout and update",
+        ],
+        lines,
+    )
+
+
+# --------------------------------------------------------------------- controller, speed, caches
+def controller() -> str:
+    lines = [
+        (
+            what,
+            f"{knob:g}",
+            len(own),
+            f"{statistics.mean(r['nfe'] for r in own):.1f}",
+            f"{100 * statistics.mean(r['solved'] for r in own):.1f}",
+        )
+        for (what, knob), own in groups(read("controller.csv"), "what", "bound_or_alpha").items()
+    ]
+    return markdown(
+        ["what", "bound or alpha", "seeds", "NFE", "solved, %"],
+        sorted(lines, key=lambda line: (line[0], float(line[3]), float(line[4]))),
+    )
+
+
+def bench(name: str = "bench-vocabulary.csv") -> str:
+    return markdown(
+        [
+            "",
+            "seconds",
+            "times faster",
+            "peak memory, MB",
+            "of the plain recipe's",
+            "floor / seconds",
+        ],
+        [
+            [
+                f"{r['part']}: {r['variant']}",
+                f"{r['seconds']:.3g}",
+                f"{r['ratio']:.3g}",
+                f"{r['peak_mb']:.0f}",
+                r["memory_ratio"],
+                r["share_of_floor"],
+            ]
+            for r in read(name)
+        ],
+    )
+
+
+def scaling() -> str:
+    lines = []
+    for (axis,), own in groups(read("bench-scaling.csv"), "axis").items():
+        mine = {r["part"]: r["exponent"] for r in own}
+        lines.append(
+            [
+                axis,
+                ", ".join(str(own[0]["values"]).split()),
+                *(mine.get(part, "") for part in ("rollout", "dual rollout", "update")),
+            ]
+        )
+    return markdown(["grows with", "values", "rollout", "dual rollout", "update"], lines)
+
+
+def cache_bias() -> str:
+    lines, arms = [], ("none", "step", "completion, at most 2", "completion")
+    for (unmasking, noise, kl), own in groups(
+        read("cache-bias.csv"), "unmasking", "noise", "kl_median"
+    ).items():
+        mine = {r["correction"]: r for r in own}
+        lines.append(
+            [
+                unmasking,
+                f"{noise} ({kl:.2f})",
+                *(
+                    x
+                    for arm in arms
+                    for x in (
+                        "0"
+                        if mine[arm]["bias_max"] < 1e-9
+                        else f"{100 * mine[arm]['bias_median']:.1f} %",
+                        f"{mine[arm]['variance_median']:.0f}",
+                    )
+                ),
+            ]
+        )
+    return markdown(
+        [
+            "sampler",
+            "noise on the logits (KL, nats)",
+            *(x for arm in arms for x in (f"{arm}: bias", "variance")),
+        ],
+        lines,
+    )
+
+
+def cache() -> str:
+    lines = []
+    for (task, kind, order, weights), own in groups(
+        read("cache.csv"), "task", "cache", "position_term", "weights"
+    ).items():
+        shares = [100 * r["trained"] for r in own]
+        lines.append(
+            [
+                f"`--cache {kind}`",
+                "tokens and order" if order == "on" else "tokens",
+                weights,
+                ", ".join(f"{x:.1f}" for x in shares),
+                f"{statistics.mean(shares):.1f}",
+            ]
+        )
+    return markdown(
+        ["rollouts", "in the likelihood", "weights", "trained, %, by seed", "mean"], lines
+    )
+
+
+TABLES = {
+    f.__name__: f
+    for f in (
+        results,
+        seeds,
+        fewer_steps,
+        puzzles,
+        adaptive,
+        samples,
+        bias,
+        variance,
+        methods_gradient,
+        methods_time,
+        methods_pace,
+        samplers,
+        controller,
+        bench,
+        scaling,
+        cache_bias,
+        cache,
+    )
+}
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew. Raises ValueError for a marker without its other half, or
+    of no table."""
+    marks = re.findall(r"<!--\s*(/?\s*\S+)\s*-->", text)
+    if marks != [mark for name in marks[::2] for mark in (name, "/" + name)] or not set(
+        marks[::2]
+    ) <= set(TABLES):
+        raise ValueError(
+            f"markers are <!-- NAME --> and <!-- /NAME -->, NAME one of {', '.join(TABLES)}; "
+            f"here are {marks}"
+        )
+    return re.sub(
+        r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)",
+        lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
