@@ -283,6 +283,7 @@ def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, rule=None) -> 
             gradient[:, t].index_add_(0, rows[row], size.double())
         traj.nfe[rows] += 1
         ended[rows] = ((tokens[rows] == eos_id) | ~block).all(1, keepdim=True)
+        del law                                                # before the next logits are made
     tokens.masked_fill_(tokens == mask_id, eos_id)             # deterministic: carries no loss
     return traj
 

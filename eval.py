@@ -149,8 +149,7 @@ class Flags:
 def settings_of(given: dict, flags) -> tuple:
     """The command line -> settings of the sampler, the (length, steps) to evaluate. Raises
     BadInput before any work."""
-    model = options.before_flags({"task": given.get("task", "sudoku"), **given}, {})["model"]
-    path = checkpoints.in_run(Path(model))
+    path = checkpoints.in_run(Path(settle(given, {"temperature"}).model))
     known = options.saved_settings(str(path))
     task = given.get("task") or str(known.get("task", "sudoku"))
     had = str(known.get("controller", "off"))
@@ -256,7 +255,7 @@ def main(argv=None) -> int:
             return regrade(Path(flags.regrade), given.get("task", ""), flags.out, flags.overwrite)
         return run(given, flags)
     except BadInput as error:
-        print(f"eval: {error}", file=sys.stderr)
+        print("eval:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
@@ -377,7 +376,7 @@ def training(argv, loop) -> int:
         return code
     except (BadInput, FloatingPointError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"agrpo: {error}", file=sys.stderr)
+            print("agrpo:", *str(error).splitlines(), file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except torch.OutOfMemoryError as error:
         print(f"agrpo: {cost.out_of_memory(error, cfg)}", file=sys.stderr)

@@ -345,6 +345,13 @@ GOES_WITH = (                          # settings, what they act with only, whet
     ("alpha controller_training controller_sigma controller_lr", "--controller",
      lambda c: c.controller != "off"))
 
+def check_goes_with(cfg, given):
+    """Raises BadInput for a setting given that would not act."""
+    for names, words, holds in GOES_WITH:
+        for name in set(names.split()) & set(given):
+            if not holds(cfg):
+                raise BadInput(f"{flag(name)} {getattr(cfg, name)} goes with {words}")
+
 def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), training=True):
     """Raises BadInput with one line for any setting that cannot work, before any work."""
     def need(holds, message):
@@ -399,7 +406,7 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
     need(not cfg.sft or cfg.controller == cfg.value_model == "off",
          "--sft trains no controller and no value model")
     if not training:
-        return
+        return check_goes_with(cfg, given)
     cached = cfg.cache in ("prefix", "dual")
     need(cfg.position_term == "off" or not order_term or published.get("position_term") != "off",
          f"--position-term on goes with states as the sampler saw them (agrpo, exact), --method "
@@ -426,9 +433,7 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
     need(not cached or cfg.position_term == "off" or not order_term or whole,
          f"--position-term on with --cache {cfg.cache} needs weights of whole completions: "
          "--importance-level completion and --importance-cap above 0, or --position-term off")
-    for names, words, holds in GOES_WITH:
-        for name in set(names.split()) & set(given):
-            need(holds(cfg), f"{flag(name)} {getattr(cfg, name)} goes with {words}")
+    check_goes_with(cfg, given)
 
 def default_name(cfg) -> str:
     """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the

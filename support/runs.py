@@ -172,8 +172,8 @@ LAST = ("heldout", "peak_memory_mb", "rollout_seconds", "update_seconds")
 
 def ordered(row: dict) -> dict:
     """A row with all columns of the log in their order, blank where it has nothing."""
-    parts = [k for k in row if k.startswith("reward")]
-    names = ENDS[True] if "loss" in row else ("step", *parts, *ENDS[False])
+    parts = [k for k in row if k.startswith("reward_")]
+    names = ENDS[True] if "loss" in row else ("step", "reward", *parts, *ENDS[False])
     return {k: round(row[k], 3) if k.endswith("_seconds") else row.get(k, "")
             for k in (*names, *LAST)}
 

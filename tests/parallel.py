@@ -1,8 +1,10 @@
-"""One training step, its gradient saved by the first process. Started by tests/test_parallel.py, alone or by torchrun:
-python tests/parallel.py MODEL_DIR OUT.pt lora|full|value|controller|sft PROMPTS"""
+"""One training step for each kind, its gradient saved by the first process. Started by
+tests/test_parallel.py, alone or by torchrun:
+python tests/parallel.py MODEL_DIR OUT_DIR lora|full|value|controller|sft=PROMPTS ..."""
 
 import dataclasses
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -14,48 +16,22 @@ from methods import diffpo, models, scored, sft, tracerl  # noqa: E402
 from rewards import TASKS  # noqa: E402
 
 
-def main(model, out, kind, prompts):
-    import os
+def varied(task, text, example, weights):
+    return {"correct": float(sum(map(ord, text)) % 7)}
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import accelerate
 
-        accelerate.PartialState(cpu=True)
-    torch.set_num_threads(1)
-    cfg = models.Settings(
-        task="countdown",
-        model=model,
-        prompt="bare",
-        device="cpu",
-        prompts=int(prompts),
-        completions=4,
-        completion_length=12,
-        block_length=4,
-        steps=6,
-        mc_steps=2,
-        unmasking="low_confidence",
-        lora_rank=4 if kind in ("lora", "value") else 0,
-        tokens_per_pass=80,
-        rollout_batch=5,
-        max_grad_norm=1e9,
-        gradient_checkpointing="on",
-    )
+def step_of(kind, prompts, model, out):
+    """A step, and what the first process writes of it."""
+    cfg = models.Settings(task="countdown", model=model, prompt="bare", device="cpu",
+                          prompts=prompts, completions=4, completion_length=12, block_length=4,
+                          steps=6, mc_steps=2, unmasking="low_confidence",
+                          lora_rank=4 if kind in ("lora", "value") else 0, tokens_per_pass=80,
+                          rollout_batch=5, max_grad_norm=1e9, gradient_checkpointing="on")
     more = {
-        "value": {
-            "method": "tracerl",
-            "value_model": "on",
-            "kl": 0.1,
-            "inner_epochs": 2,
-            "position_term": "off",
-            "shrink": 1,
-        },
-        "controller": {
-            "controller": "threshold",
-            "threshold": 0.03,
-            "unmasking": "threshold",
-            "steps": 12,
-            "position_term": "off",
-        },
+        "value": {"method": "tracerl", "value_model": "on", "kl": 0.1, "inner_epochs": 2,
+                  "position_term": "off", "shrink": 1},
+        "controller": {"controller": "threshold", "threshold": 0.03, "unmasking": "threshold",
+                       "steps": 12, "position_term": "off"},
         "sft": {"sft": "gold", "tokens_per_pass": 60},
     }
     cfg = dataclasses.replace(cfg, **more.get(kind, {}))
@@ -69,9 +45,6 @@ def main(model, out, kind, prompts):
         for i, (name, p) in enumerate(sorted(policy.named_parameters())):
             if "lora_B" in name:
                 p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
-    models.reward_parts = lambda task, text, ex, weights: {
-        "correct": float(sum(map(ord, text)) % 7)
-    }
     trained, grads = [(n, p) for n, p in policy.named_parameters() if p.requires_grad], {}
 
     class Watched(torch.optim.SGD):
@@ -86,21 +59,26 @@ def main(model, out, kind, prompts):
         row = sft.step_with(tokenizer)(policy, optimizer, rows, 0, cfg)
     else:
         step = {"value": tracerl.train_step, "controller": diffpo.controller_step}.get(
-            kind, agrpo.train_step
-        )
+            kind, agrpo.train_step)
         row = step(policy, optimizer, examples, 0, cfg, models.sampler(tokenizer, cfg))
     after = {name: p.data for name, p in trained}
     if agrpo.processes()[0] == 0:
         torch.save(
-            {
-                "grads": grads,
-                "after": after,
-                "row": {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k},
-            },
-            out,
-        )
+            {"grads": grads, "after": after,
+             "row": {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k}},
+            out)
+
+
+def main(model, out, *kinds):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import accelerate
+        accelerate.PartialState(cpu=True)
+    torch.set_num_threads(1)
+    models.reward_parts = varied
+    for kind in kinds:
+        name, prompts = kind.split("=")
+        step_of(name, int(prompts), model, f"{out}/{name}.pt")
     if agrpo.processes()[1] > 1:
-        del policy, optimizer, trained, grads, after
         gc.collect()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -1,5 +1,5 @@
-"""Protects the evaluation: its numbers against counts by hand, its file of completions (kept, continued, graded again), its command line.
-Run: pytest tests/test_eval.py"""
+"""Protects the evaluation: its numbers against counts by hand, its file of completions (kept,
+continued, graded again), its command line. Run: pytest tests/test_eval.py"""
 
 import json
 import math
@@ -12,7 +12,6 @@ import torch
 
 import agrpo
 import eval as evaluation
-from methods import models
 from support import completions, data, options, runs
 from tools import Settings, load, save
 
@@ -44,10 +43,8 @@ def tiny(here, quick, monkeypatch):
     """A cached tiny base of a few steps under the default flags of eval.py."""
     before = options.before_flags
     monkeypatch.setattr(
-        options,
-        "before_flags",
-        lambda *given: before(*given) | {"base_steps": 4, "base_batch": 4, "train_examples": 32},
-    )
+        options, "before_flags",
+        lambda *given: before(*given) | {"base_steps": 4, "base_batch": 4, "train_examples": 32})
     return here
 
 
@@ -73,48 +70,44 @@ def test_pass_at_k_majority_and_shares_by_hand():
         assert result["ci95"] == evaluation.bootstrap([2 / 3, 1 / 3, 1 / 3, 0])
     one = evaluation.evaluate(said, "gsm8k", EXAMPLES)
     assert (
-        one["solved"] == 1 / 4 and one["ci95"] == evaluation.wilson(1, 4) and "majority" not in one
-    )
+        one["solved"] == 1 / 4 and one["ci95"] == evaluation.wilson(1, 4) and "majority" not in one)
 
 
 def test_intervals_hold_what_they_promise():
-    """Wilson at 30 of 100 from its defining equation; a bootstrap of 400 shares against the normal interval, within 10 %."""
+    """Wilson at 30 of 100 from its defining equation; a bootstrap of 400 shares against the normal
+    interval, within 10 %."""
     for end in evaluation.wilson(30, 100):
         assert abs(end - 0.3) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 100), rel=1e-9)
     values = [0.0] * 280 + [1.0] * 120
     low, high = evaluation.bootstrap(values)
     assert (high - low) / 2 == pytest.approx(
-        1.96 * math.sqrt(0.3 * 0.7 / 400), rel=0.1
-    ) and low < 0.3 < high
+        1.96 * math.sqrt(0.3 * 0.7 / 400), rel=0.1) and low < 0.3 < high
 
 
-def test_a_killed_evaluation_continues_and_ends_the_same(tiny, capsys):
+CUTS = {                               # bytes that a kill left of a file of so many
+    "nothing": lambda whole: 0, "half a header": lambda whole: 5,
+    "most of a header": lambda whole: 50, "the header": lambda whole: whole.index("\n") + 1,
+    "a third": lambda whole: len(whole) // 3, "all but 3": lambda whole: len(whole) - 3,
+    "all but 2": lambda whole: len(whole) - 2, "all but 1": lambda whole: len(whole) - 1,
+    "all": len}
+
+
+@pytest.mark.parametrize("cuts", [
+    ["half a header", "the header", "a third", "all but 1"],
+    pytest.param(CUTS, marks=pytest.mark.whole)], ids=["some", "every"])
+def test_a_killed_evaluation_continues_and_ends_the_same(tiny, cuts, capsys):
     flags = [*TINY, "--limit", "10", "--steps", "8,4", "--batch", "4"]
     assert evaluation.main([*flags, "--out", "whole.jsonl"]) == 0
     whole, table = Path("whole.jsonl").read_text(), capsys.readouterr().out
     assert len(lines("whole.jsonl")) == 1 + 20 and Path("whole.png").is_file()
-    for keep in (
-        0,
-        5,
-        50,
-        whole.index("\n") + 1,
-        len(whole) // 3,
-        len(whole) - 3,
-        len(whole) - 2,
-        len(whole) - 1,
-        len(whole),
-    ):  # bytes that a kill left
-        Path("part.jsonl").write_text(whole[:keep])
+    for cut in cuts:
+        Path("part.jsonl").write_text(whole[:CUTS[cut](whole)])
         assert evaluation.main([*flags, "--out", "part.jsonl"]) == 0
-        assert without_seconds("part.jsonl") == without_seconds("whole.jsonl")
-        rows = [
-            {k: v for k, v in row.items() if k != "seconds"}
-            for row in json.loads(Path("part.json").read_text())["results"]
-        ]
-        assert rows == [
-            {k: v for k, v in row.items() if k != "seconds"}
-            for row in json.loads(Path("whole.json").read_text())["results"]
-        ]
+        assert without_seconds("part.jsonl") == without_seconds("whole.jsonl"), cut
+        part, all_ = ([{k: v for k, v in row.items() if k != "seconds"}
+                       for row in json.loads(Path(f"{name}.json").read_text())["results"]]
+                      for name in ("part", "whole"))
+        assert part == all_ and len(part) == 2, cut
     assert "NFE" in table and "cells" in table
 
 
@@ -122,16 +115,10 @@ def test_a_second_call_makes_only_what_is_missing(tiny, monkeypatch):
     assert evaluation.main([*TINY, "--limit", "6", "--steps", "8", "--out", "e.jsonl"]) == 0
     before, generate, calls = Path("e.jsonl").read_text(), evaluation.generate, []
     monkeypatch.setattr(
-        evaluation,
-        "generate",
-        lambda *a: calls.append((a[4].completion_length, a[4].steps)) or generate(*a),
-    )
-    assert (
-        evaluation.main(
-            [*TINY, "--limit", "6", "--steps", "8,4", "--lengths", "16,32", "--out", "e.jsonl"]
-        )
-        == 0
-    )
+        evaluation, "generate",
+        lambda *a: calls.append((a[4].completion_length, a[4].steps)) or generate(*a))
+    assert evaluation.main(
+        [*TINY, "--limit", "6", "--steps", "8,4", "--lengths", "16,32", "--out", "e.jsonl"]) == 0
     assert calls == [(16, 4), (32, 8), (32, 4)] and Path("e.jsonl").read_text().startswith(before)
     shapes = [(r["length"], r["steps"]) for r in json.loads(Path("e.json").read_text())["results"]]
     assert shapes == [(16, 8), (16, 4), (32, 8), (32, 4)]
@@ -161,36 +148,23 @@ def test_other_settings_weights_or_examples_are_never_mixed(tiny, capsys):
     assert evaluation.main([*TINY, "--limit", "4", "--steps", "4", "--out", "e.jsonl"]) == 0
     before = Path("e.jsonl").read_bytes()
     capsys.readouterr()
-    assert (
-        evaluation.main(
-            [*TINY, "--limit", "4", "--steps", "4", "--out", "e.jsonl", "--temperature", "1"]
-        )
-        == 2
-    )
+    assert evaluation.main(
+        [*TINY, "--limit", "4", "--steps", "4", "--out", "e.jsonl", "--temperature", "1"]) == 2
     assert "temperature" in capsys.readouterr().err and Path("e.jsonl").read_bytes() == before
     Path("x.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
     assert evaluation.main([*TINY, "--data", "x.csv", "--steps", "4", "--out", "f.jsonl"]) == 0
     Path("x.csv").write_text(
-        "Puzzle,Solution\n3142200002100320,3142243142131324\n"
-    )  # the file changed under its name
+        "Puzzle,Solution\n3142200002100320,3142243142131324\n")  # the file changed under its name
     assert evaluation.main([*TINY, "--data", "x.csv", "--steps", "4", "--out", "f.jsonl"]) == 2
-    assert (
-        evaluation.main(
-            [*TINY, "--data", "x.csv", "--steps", "4", "--out", "f.jsonl", "--overwrite"]
-        )
-        == 0
-    )
+    assert evaluation.main(
+        [*TINY, "--data", "x.csv", "--steps", "4", "--out", "f.jsonl", "--overwrite"]) == 0
     assert (
         lines("f.jsonl")[1]["example"]["puzzle"] == "3142200002100320"
         and len(lines("f.jsonl")) == 2
     )
     Path("notes.jsonl").write_text('{"mine": 1}\n')
-    assert (
-        evaluation.main(
-            [*TINY, "--limit", "4", "--steps", "4", "--out", "notes.jsonl", "--overwrite"]
-        )
-        == 2
-    )
+    assert evaluation.main(
+        [*TINY, "--limit", "4", "--steps", "4", "--out", "notes.jsonl", "--overwrite"]) == 2
     assert Path("notes.jsonl").read_text() == '{"mine": 1}\n'
 
 
@@ -204,12 +178,8 @@ def test_other_weights_under_the_same_path_are_not_mixed(here, quick, capsys):
         policy.model.get_output_embeddings().weight[0, 40] += (
             1  # one number, among the first of its parameter
         )
-    save(
-        policy,
-        tokenizer,
-        Path("runs/m/model"),
-        Settings(**json.loads(Path("runs/m/config.json").read_text())),
-    )
+    save(policy, tokenizer, Path("runs/m/model"),
+         Settings(**json.loads(Path("runs/m/config.json").read_text())))
     capsys.readouterr()
     assert (
         evaluation.main([*flags, "--out", "e.jsonl"]) == 2
@@ -217,8 +187,7 @@ def test_other_weights_under_the_same_path_are_not_mixed(here, quick, capsys):
         and Path("e.jsonl").read_bytes() == before
     )
     assert (
-        evaluation.main(flags) == 0 and len(list(Path("runs").glob("eval-sudoku-m-*.jsonl"))) == 2
-    )
+        evaluation.main(flags) == 0 and len(list(Path("runs").glob("eval-sudoku-m-*.jsonl"))) == 2)
 
 
 def test_two_evaluations_do_not_write_one_file(tiny, capsys):
@@ -231,11 +200,9 @@ def test_two_evaluations_do_not_write_one_file(tiny, capsys):
 
 def test_the_share_in_classes_never_trained_on(tiny, capsys):
     examples = data.load_examples("sudoku", 12, 0, "train")[:5] + data.load_examples(
-        "sudoku", 3, 0, "test"
-    )
+        "sudoku", 3, 0, "test")
     Path("x.csv").write_text(
-        "Puzzle,Solution\n" + "".join(f"{ex['puzzle']},{ex['solution']}\n" for ex in examples)
-    )
+        "Puzzle,Solution\n" + "".join(f"{ex['puzzle']},{ex['solution']}\n" for ex in examples))
     assert evaluation.main([*TINY, "--data", "x.csv", "--steps", "4", "--out", "e.jsonl"]) == 0
     assert (
         json.loads(Path("e.json").read_text())["results"][0]["held_out"]["n"] == 3
@@ -251,18 +218,8 @@ def test_a_length_that_does_not_fit_the_context_is_refused(tiny, capsys):
 def test_a_length_below_the_default_fits_where_the_default_does_not(here, quick):
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
     Path("x.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
-    flags = [
-        "--model",
-        "runs/m",
-        "--task",
-        "gsm8k",
-        "--data",
-        "x.jsonl",
-        "--block-length",
-        "16",
-        "--steps",
-        "16",
-    ]
+    flags = ["--model", "runs/m", "--task", "gsm8k", "--data", "x.jsonl", "--block-length", "16",
+             "--steps", "16"]
     assert (
         evaluation.main([*flags, "--lengths", "16"]) == 0
         and evaluation.main([*flags, "--lengths", "256"]) == 2
@@ -276,19 +233,8 @@ def test_an_unfinished_run_is_refused(here, quick, capsys):
 
 
 def test_samples_are_different_and_repeatable(tiny):
-    flags = [
-        *TINY,
-        "--limit",
-        "3",
-        "--steps",
-        "4",
-        "--temperature",
-        "1",
-        "--unmasking",
-        "random",
-        "--samples",
-        "4",
-    ]
+    flags = [*TINY, "--limit", "3", "--steps", "4", "--temperature", "1", "--unmasking", "random",
+             "--samples", "4"]
     assert (
         evaluation.main([*flags, "--out", "a.jsonl"]) == 0
         and evaluation.main([*flags, "--out", "b.jsonl", "--batch", "12"]) == 0
@@ -311,8 +257,7 @@ def test_regrade_agrees_with_the_grades_that_were_saved_and_finds_a_changed_one(
     assert evaluation.main(["--regrade", "e.jsonl", "--out", "new.jsonl"]) == 0
     assert "0 -> 1" in capsys.readouterr().out
     assert (
-        lines("new.jsonl")[2]["grade"] == 1 and lines("new.jsonl")[1]["grade"] == rows[1]["grade"]
-    )
+        lines("new.jsonl")[2]["grade"] == 1 and lines("new.jsonl")[1]["grade"] == rows[1]["grade"])
     assert lines("e.jsonl") == rows  # the file itself is left alone
     Path("mine.txt").write_text("mine")
     for out in ("new.jsonl", "mine.txt", "."):
@@ -338,11 +283,8 @@ def test_regrade_reads_published_generations(here, capsys):
         "".join(
             json.dumps(row) + "\n"
             for row in (
-                {
-                    "question": "1+1?",
-                    "completion": "so </reasoning><answer>\\boxed{2}</answer>",
-                    "gold": 2.0,
-                },
+                {"question": "1+1?", "completion": "so </reasoning><answer>\\boxed{2}</answer>",
+                 "gold": 2.0},
                 {"question": "?", "completion": "3", "gold": None},
             )
         )
@@ -351,11 +293,8 @@ def test_regrade_reads_published_generations(here, capsys):
     assert "50.0 %" in capsys.readouterr().out
     Path("s.jsonl").write_text(
         json.dumps(
-            {
-                "question": "Solve: 3102200002100320\n",
-                "completion": "<answer>3142</answer>",
-                "gold": "3142243142131324",
-            }
+            {"question": "Solve: 3102200002100320\n", "completion": "<answer>3142</answer>",
+             "gold": "3142243142131324"}
         )
     )
     assert (
@@ -364,8 +303,7 @@ def test_regrade_reads_published_generations(here, capsys):
     )
     assert capsys.readouterr().out.count("12.5 %") == 2  # one of eight cells
     Path("c.jsonl").write_text(
-        json.dumps({"question": "", "completion": "\\boxed{(3+4)*2}", "gold": [[3, 4, 2], 14]})
-    )
+        json.dumps({"question": "", "completion": "\\boxed{(3+4)*2}", "gold": [[3, 4, 2], 14]}))
     assert (
         evaluation.main(["--regrade", "c.jsonl", "--task", "countdown"]) == 0
         and "100.0 %" in capsys.readouterr().out
@@ -374,39 +312,31 @@ def test_regrade_reads_published_generations(here, capsys):
 
 @pytest.mark.parametrize(
     "flags, word",
-    [
-        (["--steps", "4,x"], "--steps"),
-        (["--step", "4"], "--step"),
-        (["--steps", "3"], "3 steps"),
-        (["--lengths", "16,15"], "15"),
-        (["--lengths", ","], "--lengths"),
-        (["--steps", "0"], "0 steps"),
-        (["--samples", "4"], "--temperature"),
-        (["--samples", "0"], "--samples"),
-        (["--limit", "-1"], "--limit"),
-        (["--out", "x.json"], ".jsonl"),
-        (["--out", "dir.jsonl"], ".jsonl"),
-        (["--prompt", "d2"], "--prompt"),
-        (["--task", "gsm8k"], "tiny"),
-        (["--model", "nowhere"], "no such directory"),
-        (["--regrade", "no.jsonl", "--task", "math"], "no.jsonl"),
-        (["--regrade", "empty.jsonl", "--task", "math"], "no completions"),
-        (["--out", "x" * 300 + ".jsonl", "--limit", "2", "--steps", "4"], ".jsonl"),
-        (["--regrade", "bad.jsonl", "--task", "math"], "bad.jsonl:2"),
-        (["--regrade", "rows.jsonl"], "--task"),
-        (["--regrade", "rows.jsonl", "--task", "math"], "rows.jsonl:1"),
-        (["--regrade", "list.jsonl", "--task", "math"], "list.jsonl:1"),
-        (["--out", "file/x.jsonl", "--limit", "2", "--steps", "4"], "file"),
-        (["--data", "no.csv"], "no.csv"),
-        (["--top-p", "0.5"], "top-p"),
-    ],
+    [(["--steps", "4,x"], "--steps"), (["--step", "4"], "--step"), (["--steps", "3"], "3 steps"),
+     (["--lengths", "16,15"], "15"), (["--lengths", ","], "--lengths"),
+     (["--steps", "0"], "0 steps"), (["--samples", "4"], "--temperature"),
+     (["--samples", "0"], "--samples"), (["--limit", "-1"], "--limit"),
+     (["--out", "x.json"], ".jsonl"), (["--out", "dir.jsonl"], ".jsonl"),
+     (["--prompt", "d2"], "--prompt"), (["--task", "gsm8k"], "tiny"),
+     (["--model", "nowhere"], "no such directory"),
+     (["--regrade", "no.jsonl", "--task", "math"], "no.jsonl"),
+     (["--regrade", "empty.jsonl", "--task", "math"], "no completions"),
+     (["--out", "x" * 300 + ".jsonl", "--limit", "2", "--steps", "4"], ".jsonl"),
+     (["--regrade", "bad.jsonl", "--task", "math"], "bad.jsonl:2"),
+     (["--regrade", "rows.jsonl"], "--task"),
+     (["--regrade", "rows.jsonl", "--task", "math"], "rows.jsonl:1"),
+     (["--regrade", "list.jsonl", "--task", "math"], "list.jsonl:1"),
+     (["--out", "file/x.jsonl", "--limit", "2", "--steps", "4"], "file"),
+     (["--data", "no.csv"], "no.csv"), (["--top-p", "0.5"], "top-p"),
+        (["--model", "a\nb"], "--model"),
+        (["--tau-pos", "2"], "plackett_luce"), (["--threshold", "0.5"], "--unmasking threshold"),
+        (["--lr", "1"], "--lr"), (["--samples"], "--samples"), (["--seed", "x"], "--seed")],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tiny, flags, word, capsys):
     Path("dir.jsonl").mkdir()
     Path("file").write_text("")
     Path("bad.jsonl").write_text(
-        '{"problem": "", "answer": "1", "completion": "1"}\n{"problem": \n'
-    )
+        '{"problem": "", "answer": "1", "completion": "1"}\n{"problem": \n')
     Path("rows.jsonl").write_text('{"completion": "1"}\n')
     Path("list.jsonl").write_text("[1]\n")
     Path("empty.jsonl").write_text("")
@@ -414,18 +344,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, flags, word, capsys):
     given = (
         flags
         if "--regrade" in flags
-        else [
-            "--device",
-            "cpu",
-            *([] if "--model" in flags else ["--model", "tiny"]),
-            *([] if "--task" in flags else ["--task", "sudoku"]),
-            *flags,
-        ]
+        else ["--device", "cpu", *([] if "--model" in flags else ["--model", "tiny"]),
+              *([] if "--task" in flags else ["--task", "sudoku"]), *flags]
     )
     assert evaluation.main(given) == 2
     err = capsys.readouterr().err
     assert err.startswith("eval: ") and err.count("\n") == 1 and word in err
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before
+
+
+def test_an_unknown_task_is_one_line_where_it_says_which_model(here, capsys):
+    assert evaluation.main(["--task", "chess"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("eval: unknown --task 'chess'") and err.count("\n") == 1 and not out
 
 
 def test_a_writer_tells_its_error_and_leaves_that_of_the_run_alone(capsys):

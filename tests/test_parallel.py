@@ -1,5 +1,6 @@
-"""Protects training by several processes: the gradient of one process, one log, one checkpoint, with adapters, in full, and with sharded
-weights. Two processes on the CPU (gloo). Run: pytest tests/test_parallel.py"""
+"""Protects training by several processes: the gradient of one process, with adapters, in full, with
+a value model, a controller, and of SFT; one log, one checkpoint. Two processes, CPU (gloo).
+Run: pytest tests/test_parallel.py"""
 
 import csv
 import os
@@ -19,28 +20,16 @@ AGRPO = str(HERE.parent / "agrpo.py")
 
 
 def start(*command, processes=2, **more):
-    """A Popen of the script, alone or by torchrun; standard output and error in .out, .err files would hide hangs: they are piped."""
+    """A Popen of the script, alone or by torchrun."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     launcher = (
         [sys.executable]
         if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+              str(processes)]
     )
-    return subprocess.Popen(
-        [*launcher, *map(str, command)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **more,
-    )
+    return subprocess.Popen([*launcher, *map(str, command)], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **more)
 
 
 def run(*command, processes=2):
@@ -49,38 +38,37 @@ def run(*command, processes=2):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize(
-    "kind, prompts", [("lora", 4), ("full", 3), ("value", 3), ("controller", 3), ("sft", 3)]
-)
-def test_two_processes_give_the_gradient_of_one(tmp_path, kind, prompts):
+KINDS = {"lora": 4, "full": 3, "value": 3, "controller": 3, "sft": 3}     # prompts of a step
+
+
+@pytest.mark.whole
+def test_two_processes_give_the_gradient_of_one(tmp_path):
     """3 prompts do not divide: shares and numbers of passes differ between the processes."""
     write_checkpoint(tmp_path / "m", "llada")
     for n in (1, 2):
-        code, out, err = run(
-            HERE / "parallel.py", tmp_path / "m", tmp_path / f"{n}.pt", kind, prompts, processes=n
-        )
+        (tmp_path / f"{n}").mkdir()
+        code, out, err = run(HERE / "parallel.py", tmp_path / "m", tmp_path / f"{n}",
+                             *(f"{kind}={prompts}" for kind, prompts in KINDS.items()), processes=n)
         assert code == 0, err
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    for kind in KINDS:
+        same_step(kind, *(torch.load(tmp_path / f"{n}/{kind}.pt", weights_only=True)
+                          for n in (1, 2)))
+
+
+def same_step(kind, one, two):
     for part in ("grads", "after"):
+        assert one[part].keys() == two[part].keys(), kind
         a, b = (torch.cat([v.flatten() for v in x[part].values()]) for x in (one, two))
-        assert (
-            a.norm() > 0.1
-            and (a - b).norm() < 1e-6 * a.norm()
-            and one[part].keys() == two[part].keys()
-        )
-    assert one["row"].keys() == two["row"].keys() and one["row"]["grad_norm"] == pytest.approx(
-        two["row"]["grad_norm"], rel=1e-6
-    )
+        assert a.norm() > 0.1 and (a - b).norm() < 1e-6 * a.norm(), kind
+    one, two = one["row"], two["row"]
+    assert one.keys() == two.keys(), kind
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-6), kind
     if kind == "sft":
-        assert one["row"]["loss"] == pytest.approx(two["row"]["loss"], rel=1e-9)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-9)
         return
-    assert (
-        one["row"]["passes"] == two["row"]["passes"] > 0
-        and one["row"]["reward"] == two["row"]["reward"]
-    )
-    assert two["row"]["ratio"] == pytest.approx(one["row"]["ratio"]) and (
-        kind == "value" or one["row"]["ratio"] == pytest.approx(1.0)
-    )
+    assert one["passes"] == two["passes"] > 0 and one["reward"] == two["reward"], kind
+    assert two["ratio"] == pytest.approx(one["ratio"]), kind
+    assert kind == "value" or one["ratio"] == pytest.approx(1.0), kind
 
 
 def log_of(name):
@@ -93,17 +81,8 @@ def log_of(name):
 
 @pytest.mark.whole
 def test_a_run_by_two_processes_has_one_log_and_one_checkpoint_and_resumes(here):
-    flags = [
-        *QUICK,
-        "--base-steps",
-        "60",
-        "--base-batch",
-        "16",
-        "--eval-examples",
-        "9",
-        "--prompts",
-        "3",
-    ]  # able to solve some
+    flags = [*QUICK, "--base-steps", "60", "--base-batch", "16", "--eval-examples", "9",
+             "--prompts", "3"]  # able to solve some
     assert run(AGRPO, *flags, "--max-steps", "4", "--name", "one", processes=1)[0] == 0
     code, out, err = run(AGRPO, *flags, "--max-steps", "2", "--name", "two")
     assert code == 0 and out.count("held-out examples, greedy") == 1, err

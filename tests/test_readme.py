@@ -1,4 +1,5 @@
-"""Protects the README: its recipes run, its tables are those of assets/*.csv, what it names exists. Run: pytest tests/test_readme.py"""
+"""Protects the README: its recipes run, its tables are those of assets/*.csv, what it names exists.
+Run: pytest tests/test_readme.py"""
 
 import importlib
 import json
@@ -24,11 +25,10 @@ sys.path.append(str(ROOT / "tests" / "measure"))
 import tables  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
-RECIPES = {
-    re.match(r"# (\w+)\.py", block)[1]: block
+RECIPES = {                            # the blocks that begin with # NAME.py: python NAME.py FLAGS
+    re.match(r"# (\w+)\.py: python ", block)[1]: block
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    if block.startswith("# ")
-}
+    if re.match(r"# \w+\.py: python ", block)}
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=["README", "assets"])
@@ -44,78 +44,87 @@ def test_every_table_stands_somewhere_and_markers_come_in_pairs():
     assert {
         name for page in tables.PAGES for name in re.findall(r"<!-- (\w+) -->", page.read_text())
     } == set(tables.TABLES)
-    for broken in (
-        "<!-- bias -->\n",
-        "<!-- bias -->\n<!-- /bais -->",
-        "<!-- nothing -->\n<!-- /nothing -->",
-        "<!--bias-->\n<!-- bias -->\n<!-- /bias -->",
-        "<!-- bias -->\n<!-- seeds -->\n<!-- /seeds -->\n<!-- /bias -->",
-    ):
+    for broken in ("<!-- bias -->\n", "<!-- bias -->\n<!-- /bais -->",
+                   "<!-- nothing -->\n<!-- /nothing -->",
+                   "<!--bias-->\n<!-- bias -->\n<!-- /bias -->",
+                   "<!-- bias -->\n<!-- seeds -->\n<!-- /seeds -->\n<!-- /bias -->"):
         with pytest.raises(ValueError):
             tables.filled(broken)
 
 
+SHOWN = {name: block.splitlines()[0].partition(f"python {name}.py")[2].split()
+         for name, block in RECIPES.items()}                   # the flags
+TRAINS = [name for name in RECIPES if "main(" in RECIPES[name]]
+
+
+@pytest.fixture
+def tables_of_its_own(monkeypatch):
+    """What a recipe changes, for a recipe that runs in this process."""
+    for table in ("METHODS", "UNMASK", "TIMESTEPS", "ADVANTAGES"):
+        monkeypatch.setattr(agrpo, table, agrpo.Rows(getattr(agrpo, table)))
+    tasks = dict(rewards.TASKS)
+    yield
+    rewards.TASKS.clear()
+    rewards.TASKS.update(tasks)
+
+
+def here_and_now(name, monkeypatch, *flags):
+    """Its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        exec(RECIPES[name], {"__name__": "__main__"})
+    return stop.value.code
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_short_and_runs(name, here, quick):
+def test_a_recipe_is_short(name):
     assert len(RECIPES[name].splitlines()) < 20
-    (here / f"{name}.py").write_text(RECIPES[name])
-    shape = (
-        ["--completion-length", "8", "--block-length", "8", "--steps", "4"]
-        if name == "sort_digits"
-        else []
-    )
-    done = subprocess.run(
-        [sys.executable, f"{name}.py", *quick, *shape, "--max-steps", "2"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    if name == "sample":
-        assert "revealed in steps [" in done.stdout
-        return
-    assert "2 training steps" in done.stdout
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_a_recipe_trains_and_the_readme_tells_of_its_log(name, here, quick, tables_of_its_own,
+                                                         monkeypatch, capsys):
+    flags = [*SHOWN[name], *quick, "--max-steps", "2"]
+    assert here_and_now(name, monkeypatch, *flags) == 0
+    assert "2 training steps" in capsys.readouterr().out
     (folder,) = Path("runs").iterdir()
     rows = runs.read_log(folder / "log.csv")
     assert len(rows) == 2
-    told = README.split("## The log")[1].split("\n## ")[0]  # every column is told of
-    assert not [
-        column
-        for column in rows[0]
-        if not re.search(rf"\b{'reward_PART' if column.startswith('reward_') else column}\b", told)
-    ]
+    told = README.split("## The log")[1].split("\n## ")[0]     # every column is told of
+    names = ["reward_PART" if name.startswith("reward_") else name for name in rows[0]]
+    assert not [name for name in names if not re.search(rf"\b{name}\b", told)]
 
 
-def test_recipes_are_a_task_and_a_method():
-    assert list(RECIPES) == ["sort_digits", "own_reward", "every_other", "sample"]
+@pytest.mark.parametrize("name", TRAINS)
+def test_the_flags_that_a_recipe_is_shown_with_are_taken(name, here, tables_of_its_own,
+                                                         monkeypatch):
+    parsed = []
+    monkeypatch.setattr(evaluation, "run_training", lambda cfg, *_, **__: parsed.append(cfg) or 0)
+    assert here_and_now(name, monkeypatch, *SHOWN[name]) == 0 and len(parsed) == 1
 
 
-def test_the_recipe_of_a_task_reads_a_file_too(here, quick):
-    (here / "sort_digits.py").write_text(RECIPES["sort_digits"])
-    (here / "digits.jsonl").write_text(
-        "".join(json.dumps({"digits": str(i)}) + "\n" for i in range(100000, 100200))
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "sort_digits.py",
-            *quick,
-            "--completion-length",
-            "8",
-            "--block-length",
-            "8",
-            "--steps",
-            "4",
-            "--max-steps",
-            "1",
-            "--data",
-            "digits.jsonl",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+@pytest.mark.whole
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_as_a_file(name, here, quick):
+    """Those that train with a file of examples, too, where the task is theirs; others on the tiny
+    base model, which is made for them."""
+    flags = SHOWN[name] + [*quick, "--max-steps", "2"] * (name in TRAINS)
+    if name == "sort_digits":
+        Path("digits.jsonl").write_text("".join(f'{{"digits": "{i}"}}\n'
+                                                for i in range(100000, 100200)))
+        flags += ["--data", "digits.jsonl"]
+    Path(f"{name}.py").write_text(RECIPES[name])
+    done = subprocess.run([sys.executable, f"{name}.py", *flags], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
+    said = {"sample": "revealed in steps ["}.get(name, "")
+    assert ("2 training steps" if name in TRAINS else said) in done.stdout
+
+
+def test_recipes_are_a_task_a_method_and_more():
+    assert {"sort_digits", "every_other"} <= set(TRAINS) and "sample" in RECIPES
+    for name, block in RECIPES.items():
+        assert block.startswith(f"# {name}.py: python {name}.py"), name
 
 
 def test_the_recipe_of_a_method_is_unbiased(monkeypatch):
@@ -127,10 +136,8 @@ def test_the_recipe_of_a_method_is_unbiased(monkeypatch):
     cfg = Settings(completion_length=3, block_length=3, steps=3)
     policy = toy.TableDenoiser(3, 2, seed=1)
     found = toy.enumerate_trajectories(policy, cfg)
-    prob, reward = (
-        torch.stack([f[2] for f in found]),
-        torch.tensor([toy.reward_of(f[0], 2) for f in found], dtype=torch.float64),
-    )
+    prob, reward = (torch.stack([f[2] for f in found]),
+                    torch.tensor([toy.reward_of(f[0], 2) for f in found], dtype=torch.float64))
     (exact,) = torch.autograd.grad((prob * reward).sum(), policy.table, retain_graph=True)
     traj, ours, starts = toy.as_trajectory(policy, cfg, found), 0.0, set()
     adv, draw = prob.detach() * reward, torch.randint
@@ -139,8 +146,7 @@ def test_the_recipe_of_a_method_is_unbiased(monkeypatch):
             torch,
             "randint",
             lambda high, shape, generator=None, start=start: (
-                starts.add(high) or torch.full(shape, start)
-            ),
+                starts.add(high) or torch.full(shape, start)),
         )
         views = agrpo.METHODS["every-other"].views(traj, adv, cfg, policy.mask_id, None)
         views = agrpo.prepare(policy, traj, views, adv[:, None], cfg)
@@ -150,33 +156,20 @@ def test_the_recipe_of_a_method_is_unbiased(monkeypatch):
     assert starts == {2} and float((ours - exact).norm() / exact.norm()) < 1e-12
 
 
-WORKS = {
-    "question": lambda ex: ex["digits"],
-    "gold": lambda ex: ex["digits"],
-    "grade": lambda text, ex: float(text == ex["digits"]),
-    "generate": lambda n, seed, split: [{"digits": f"{i:04}" + split[:1]} for i in range(n)],
-    "lazy": lambda ex, rng: "0",
-}
+WORKS = {"question": lambda ex: ex["digits"], "gold": lambda ex: ex["digits"],
+         "grade": lambda text, ex: float(text == ex["digits"]),
+         "generate": lambda n, seed, split: [{"digits": f"{i:04}" + split[:1]} for i in range(n)],
+         "lazy": lambda ex, rng: "0"}
 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"grade": lambda text, ex: 2.0},
-        {"grade": lambda text, ex: math.nan},
-        {"grade": lambda text, ex: None},
-        {"grade": lambda text, ex: 1 / 0},
-        {"parts": lambda text, ex: {"other": 1.0}},
-        {"weights": {"correct": 3, "absent": 1}},
-        {"question": lambda ex: 7},
-        {"gold": lambda ex: None},
-        {"canonical": lambda ex: []},
-        {"generate": lambda n, seed, split: []},
-        {"generate": lambda n, seed, split: None},
-        {"generate": None},
-        {"lazy": None},
-        {"answer": lambda text: text[100]},
-    ],
+    [{"grade": lambda text, ex: 2.0}, {"grade": lambda text, ex: math.nan},
+     {"grade": lambda text, ex: None}, {"grade": lambda text, ex: 1 / 0},
+     {"parts": lambda text, ex: {"other": 1.0}}, {"weights": {"correct": 3, "absent": 1}},
+     {"question": lambda ex: 7}, {"gold": lambda ex: None}, {"canonical": lambda ex: []},
+     {"generate": lambda n, seed, split: []}, {"generate": lambda n, seed, split: None},
+     {"generate": None}, {"lazy": None}, {"answer": lambda text: text[100]}],
     ids=lambda change: "-".join(change),
 )
 def test_a_task_that_cannot_work_is_one_line(change, here, quick, capsys, monkeypatch):
@@ -190,47 +183,21 @@ def test_a_task_that_cannot_work_is_one_line(change, here, quick, capsys, monkey
 
 def test_a_task_with_the_least_runs_and_its_base_model_is_its_own(here, quick, capsys, monkeypatch):
     flags, made = (
-        [
-            *quick,
-            "--task",
-            "mine",
-            "--completion-length",
-            "8",
-            "--block-length",
-            "8",
-            "--steps",
-            "4",
-            "--max-steps",
-            "1",
-        ],
+        [*quick, "--task", "mine", "--completion-length", "8", "--block-length", "8", "--steps",
+         "4", "--max-steps", "1"],
         "making the tiny base model",
     )
     monkeypatch.setitem(rewards.TASKS, "mine", rewards.Task(**WORKS))
     assert agrpo.main([*flags, "--name", "a"]) == 0 and made in capsys.readouterr().out
     assert agrpo.main([*flags, "--name", "b"]) == 0 and made not in capsys.readouterr().out
     monkeypatch.setitem(
-        rewards.TASKS, "mine", rewards.Task(**WORKS | {"lazy": lambda ex, rng: "1"})
-    )
-    assert (
-        agrpo.main([*flags, "--name", "c"]) == 0 and made in capsys.readouterr().out
-    )  # edited: another base model
-    assert (
-        evaluation.main(
-            [
-                "--model",
-                "runs/c",
-                "--task",
-                "mine",
-                "--steps",
-                "4",
-                "--limit",
-                "4",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+        rewards.TASKS, "mine", rewards.Task(**WORKS | {"lazy": lambda ex, rng: "1"}))
+    # edited: another base model
+    assert agrpo.main([*flags, "--name", "c"]) == 0 and made in capsys.readouterr().out
+    assert evaluation.main(
+        ["--model", "runs/c", "--task", "mine", "--steps", "4", "--limit", "4", "--device",
+         "cpu"]
+    ) == 0
     Path("bad.jsonl").write_text('{"digits": "1234"}\n{"digit": "1"}\n')
     Path("worse.jsonl").write_text('{"digits": "1234"}\n["digits"]\n')
     for name in ("bad", "worse"):
@@ -281,23 +248,17 @@ def test_links_lead_somewhere(page):
                 else {
                     re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
                     for h in re.findall(
-                        r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE
-                    )
+                        r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE)
                 }
             )
             assert anchor in there, link
 
 
-def test_flags_exist():
+def test_flags_exist(capsys):
     flag = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-    known = {"--help", "--all"}
-    for tool in ("agrpo.py", "eval.py"):
-        known |= set(
-            flag.findall(
-                subprocess.run(
-                    [sys.executable, ROOT / tool, "--help-all"], capture_output=True, text=True
-                ).stdout
-            )
-        )
+    for tool in (agrpo, evaluation):
+        with pytest.raises(SystemExit):
+            tool.main(["--help-all"])
+    known = {"--all"} | set(flag.findall(capsys.readouterr().out))
     for page in tables.PAGES:
-        assert not set(flag.findall(page.read_text())) - known
+        assert set(flag.findall(page.read_text())) <= known
