@@ -10,12 +10,13 @@ The algorithm (arXiv 2510.04019) in five lines:
     python agrpo.py --task gsm8k     one GPU, 24 GB or more: LoRA on LLaDA-8B-Instruct
 B prompts x G completions = N rows; P prompt, C completion, L block length; T steps; K mc_steps;
     M views: a view is a state with the tokens to score on it; V vocabulary; x_t state, o tokens,
-    u reveal_step, U_t target, A adv, r ratio, Z normalizer, tau temperature. Equations: README.
+    u reveal_step, U_t target, A adv, r ratio, Z normalizer, tau temperature; R rows of N, n or l
+    positions of theirs, k tokens of a support. Eq. 1 to 6: our numbers, not the paper's (README).
 Departs from the official code in (`--preset official` goes back in 2 to 5):
     1. the choice of positions is part of the likelihood where it depends on the model (Eq. 6);
-    2. every step until the sampler itself stops counts, and Z = T: the gradient is that of E[R];
-    3. advantages are divided by the group's deviation; 4. rollouts unmask by low confidence;
-    5. time steps are drawn over the whole batch, none twice, in proportion to their gradient.
+    2. every step until the sampler stops counts, and Z = T: with advantage leave_one_out, 1/T of
+    the gradient of E[R]; 3. by default advantages are divided by the group's deviation; 4. rollouts
+    unmask by low confidence; 5. steps are drawn over the batch, none twice, by their gradient.
 """
 import dataclasses
 import hashlib
@@ -43,14 +44,14 @@ class Config:
     position_term: str = "on"          # off: without Eq. 6, biased unless they are random [off]
     temperature: float = 1.0           # tau [0.6]
     top_k: int = 0                     # sample among the k likeliest tokens; 0: all [150]
-    top_p: float = 1.0                 # ... and the fewest that hold this probability [0.99]
+    top_p: float = 1.0                 # of these k the fewest that hold this share of them [0.99]
     timesteps: str = "batch_gradient"  # how the K time steps are drawn [low_discrepancy]
     mc_steps: int = 1                  # K per completion with an advantage, on average [24]
     normalizer: str = "steps"          # Z: steps = T; last_step = the paper's m [last_step]
     advantage: str = "std"             # of a reward within its group [mean]
     clip: float = 0.2                  # eps of Eq. 4; acts from the second inner epoch on
     clip_high: float = 0.0             # eps above 1, where it is another; 0: as clip
-    kl: float = 0.0                    # beta of Eq. 4
+    kl: float = 0.0                    # beta of Eq. 4; its reference: methods/scored.py
     inner_epochs: int = 1              # optimizer steps per rollout
     lr: float = 5e-4                   # of AdamW [5e-6]
     warmup: int = 5                    # steps of linear warm-up [1 %]
@@ -141,8 +142,8 @@ class Law:
             self.inside = logits.gather(1, at).masked_fill(support == V, -math.inf)
         self.z = self.inside if self.tau == 1.0 else self.inside / self.tau
         self.lse, self.p = LogSumExp.apply(self.z)                             # (n,), (n, k)
-        self.plain_lse = self.lse.detach()                     # of the logits themselves
-        self.plain_lse = self.plain_lse if self.z is logits else LogSumExp.apply(logits.detach())[0]
+        plain = self.lse if self.z is logits else LogSumExp.apply(logits.detach())[0]
+        self.plain_lse = plain.detach()                        # of all logits, not tempered
 
     def index(self, token) -> Tensor:
         """token (n,) -> (n,) where it stands in the support."""
@@ -258,7 +259,7 @@ def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, rule=None) -> 
     ended = prompt.new_zeros(N, 1, dtype=torch.bool)
     for t in range(T):
         block, open_ = open_positions(tokens, mask_id, blocks)
-        rows = (open_ & ~ended).any(1).nonzero().squeeze(1)                    # (R,) not finished
+        rows = (open_ & ~ended).any(1).nonzero().squeeze(1)    # (R,) of N, not finished; row: of R
         if not len(rows):
             break
         block, open_ = block[rows], open_[rows]                                # (R, C)
@@ -278,8 +279,8 @@ def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, rule=None) -> 
                 traj.support = tokens.new_zeros((N, C, law.support.shape[1]))
             traj.support[where] = law.support[won]
         if rule.order_logp and cfg.position_term == "on":
-            chosen, size = rule.order_logp(law, token, at, rank, cfg)          # Eq. 6
-            order_logp[rows, t] = chosen.double()
+            log_choice, size = rule.order_logp(law, token, at, rank, cfg)      # Eq. 6
+            order_logp[rows, t] = log_choice.double()
             gradient[:, t].index_add_(0, rows[row], size.double())
         traj.nfe[rows] += 1
         ended[rows] = ((tokens[rows] == eos_id) | ~block).all(1, keepdim=True)
@@ -348,9 +349,9 @@ def invert(p, u) -> Tensor:
     step = torch.searchsorted(cdf, u, right=True).minimum(last)
     return torch.zeros_like(p).scatter_add_(1, step, 1 / (u.shape[1] * p.gather(1, step)))
 
-def low_discrepancy(traj: Trajectory, inside, adv, K: int, g) -> Tensor:
+def low_discrepancy(traj: Trajectory, inside, stake, K: int, g) -> Tensor:
     """AGRPO's: one point in each of N K cells of [0, 1), dealt out at random; p ~ entropy."""
-    cell = torch.randperm(len(adv) * K, generator=g).view(-1, K)
+    cell = torch.randperm(len(stake) * K, generator=g).view(-1, K)
     u = (cell + torch.rand(cell.shape, generator=g, dtype=torch.float64)) / cell.numel()
     return invert(proposal(traj.entropy.cpu(), inside, floor=0.0), u)
 
@@ -372,20 +373,20 @@ def systematic(size, count, g) -> Tensor:
     hit = teeth.diff(dim=1, prepend=torch.zeros_like(teeth[:, :1])) > 0
     return torch.where(hit, 1 / pi, 0.0)
 
-def batch_gradient(traj: Trajectory, inside, adv, K: int, g, draw=systematic) -> Tensor:
-    """Ours: K steps per row with an advantage, over all rows at once and none twice, in proportion
-    to |A| times the length of the step's gradient; in random order: the comb meets no period."""
-    if not adv.any():
+def batch_gradient(traj: Trajectory, inside, stake, K: int, g, draw=systematic) -> Tensor:
+    """Ours: K steps per row with a stake, over all rows at once and none twice, in proportion to
+    stake times the length of the step's gradient; in random order: the comb meets no period."""
+    if not stake.any():
         return torch.zeros(inside.shape, dtype=torch.float64)
-    count = inside.sum(1).clamp(max=K)[adv != 0].sum().reshape(1, 1)
-    inside, size = inside & (adv != 0)[:, None], traj.gradient.cpu().sqrt()
+    count = inside.sum(1).clamp(max=K)[stake != 0].sum().reshape(1, 1)
+    inside, size = inside & (stake != 0)[:, None], traj.gradient.cpu().sqrt()
     p = proposal(size.reshape(1, -1), inside.reshape(1, -1), floor=0.1)
-    p = p * adv.abs().repeat_interleave(inside.shape[1])
+    p = p * stake.abs().repeat_interleave(inside.shape[1])     # sizes now: need not sum to 1
     order = torch.randperm(p.shape[1], generator=g)
     return draw(p[:, order], count, g)[:, order.argsort()].reshape(inside.shape)
 
-# (traj, inside (N, T): the steps that count, adv (N,), K, g) -> weight (N, T), the number of draws
-# over its mean: E[weight] = 1, and sum_t weight_t f_t estimates sum_t f_t without bias (Eq. 5)
+# (traj, inside (N, T) bool: the steps that count, stake (N,) = |A| + beta, K, g) -> weight (N, T),
+# draws / their mean number; all on the CPU. E[weight] = 1: sum_t weight_t f_t is unbiased (Eq. 5)
 TIMESTEPS = Rows({"low_discrepancy": low_discrepancy, "batch_gradient": batch_gradient})
 
 # ------------------------------------------------------------------ advantages, methods, the loss
@@ -424,8 +425,8 @@ def views_where(weight, traj: Trajectory, cfg: Config, mask_id: int) -> Views:
 
 def agrpo_views(traj: Trajectory, adv, cfg: Config, mask_id: int, g) -> Views:
     """AGRPO: K drawn steps a completion, weight 1 / (Z x mean number of draws) (Eq. 5)."""
-    adv = (adv.abs() + cfg.kl).cpu().double()                  # under a KL term all rows count
-    weight = TIMESTEPS[cfg.timesteps](traj, steps_inside(traj, cfg), adv, cfg.mc_steps, g)
+    stake = (adv.abs() + cfg.kl).cpu().double()                # under a KL term all rows count
+    weight = TIMESTEPS[cfg.timesteps](traj, steps_inside(traj, cfg), stake, cfg.mc_steps, g)
     return views_where(weight, traj, cfg, mask_id)
 
 def exact_views(traj: Trajectory, adv, cfg: Config, mask_id: int, g) -> Views:
@@ -447,7 +448,7 @@ def policy_loss(policy, traj: Trajectory, views: Views, cfg: Config) -> tuple[Te
     adv, weight = (x.expand(target.shape)[target] for x in (views.adv, views.weight))
     gain, ratio = surrogate(logp, logp_old, adv * weight, cfg)
     if views.logp_reference is not None:
-        s = views.logp_reference[target].to(logp) - logp        # k3: r (exp(s) - s - 1)
+        s = views.logp_reference[target].to(logp) - logp       # k3: exact where order is random
         gain = gain - cfg.kl * weight * (logp - logp_old).exp() * (s.exp() - s - 1)
     total = gain.sum()                              # Eq. 1 is a sum over the tokens of a step
     if order_logp is not None:                      # one action, clipped once, not with each token
@@ -552,12 +553,11 @@ def update(policy, optimizer, traj: Trajectory, reward, step: int, cfg: Config,
     clock, groups, ratios = time.perf_counter(), reward.view(-1, cfg.completions), []
     adv, mirror = (ADVANTAGES[cfg.advantage](r) for r in (groups, groups.flip(0)))     # (B, G)
     if adv.shape != groups.shape or not adv.allclose(mirror.flip(0), equal_nan=True):
-        raise ValueError(f"advantage {cfg.advantage!r} must keep the groups apart (keepdim=True)")
+        raise ValueError(f"advantage {cfg.advantage!r} mixes groups: is keepdim=True missing?")
     finite = all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient))
     adv = adv.reshape(-1).to(traj.logp.device) if finite else torch.zeros_like(traj.logp[:, 0])
-    seeds = [("timesteps", cfg.seed, step, *[epoch][:epoch]) for epoch in range(cfg.inner_epochs)]
-    made = [METHODS[cfg.method].views(traj, adv, cfg, policy.mask_id, generator(*seed))
-            for seed in seeds]
+    made = [METHODS[cfg.method].views(traj, adv, cfg, policy.mask_id, generator(
+        "timesteps", cfg.seed, step, *([i] if i else []))) for i in range(cfg.inner_epochs)]
     adv = per_token(made[0], adv[:, None])
     epochs = [prepare(policy, traj, views, adv, cfg) for views in made]
     for views in epochs:
@@ -567,9 +567,9 @@ def update(policy, optimizer, traj: Trajectory, reward, step: int, cfg: Config,
         ratios += some + more
     ratio = torch.cat(gather(ratios) or [torch.ones(1)])
     outside = (ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))
-    made, used = (sum(len(views.row) for views in some) for some in (made, epochs))
+    drawn, used = (sum(len(views.row) for views in some) for some in (made, epochs))
     return {"ratio": float(ratio.mean()), "clip_fraction": float(outside.float().mean()),
-            "grad_norm": norm, "passes": used, "passes_saved": made - used,
+            "grad_norm": norm, "passes": used, "passes_saved": drawn - used,
             "skipped": int(not finite), "lr": learning_rate(step, cfg),
             "update_seconds": time.perf_counter() - clock}
 
