@@ -1,4 +1,5 @@
-"""Protects walkthrough.ipynb: it runs from top to bottom, and its saved outputs show the code as it is. Run: pytest tests/test_walkthrough.py (3 minutes)"""
+"""Protects walkthrough.ipynb: it runs from top to bottom, and its saved outputs show the code as it
+is. Run: pytest tests/test_walkthrough.py --all (3 minutes)"""
 import re
 from pathlib import Path
 
@@ -15,9 +16,10 @@ def saved():
     return nbformat.read(ROOT / "walkthrough.ipynb", as_version=4)
 
 
-def shown(book) -> list:
-    """The sources that its cells print, in order."""
-    return [out.data["text/markdown"] for cell in book.cells for out in cell.get("outputs", []) if "text/markdown" in out.get("data", {})]
+def outputs(book, kind) -> list:
+    """All outputs of a MIME type, in order."""
+    found = (out.get("data", {}) for cell in book.cells for out in cell.get("outputs", []))
+    return [data[kind] for data in found if kind in data]
 
 
 def sections(book) -> dict:
@@ -37,21 +39,24 @@ def test_each_section_ends_in_an_assertion_and_outputs_are_saved(saved):
         assert "assert " in cells[-1].source, number
     for cell in saved.cells:
         if cell.cell_type == "code":
-            assert cell.execution_count and not any(out.output_type == "error" for out in cell.outputs)
-    assert sum("image/png" in out.get("data", {}) for cell in saved.cells for out in cell.get("outputs", [])) >= 15
+            assert cell.execution_count
+            assert all(out.output_type != "error" for out in cell.outputs)
+    assert len(outputs(saved, "image/png")) >= 15
 
 
 def test_every_equation_names_its_variables(saved):
     text = "\n".join(cell.source for cell in saved.cells if cell.cell_type == "markdown")
     equations = re.findall(r"\$\$(.*?)\$\$", text, re.DOTALL)
-    assert {int(n) for eq in equations for n in re.findall(r"\\tag\{(\d+)\}", eq)} == set(range(1, 11))
+    tags = re.findall(r"\\tag\{(\d+)\}", "".join(equations))
+    assert set(map(int, tags)) == set(range(1, 11))
     for eq in equations:
         assert "underbrace" in eq and r"\mathtt" in eq and eq.count("{") == eq.count("}"), eq
 
 
+@pytest.mark.whole
 def test_it_runs_and_shows_the_code_as_it_is(saved, cache, monkeypatch):
     monkeypatch.setenv("AGRPO_CACHE", str(cache))
+    before, place = outputs(saved, "text/markdown"), {"metadata": {"path": str(ROOT)}}
     book = nbformat.from_dict(saved)
-    before = shown(book)
-    NotebookClient(book, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()      # raises at the first error or failed assertion
-    assert shown(book) == before, f"agrpo.py has changed: {AGAIN}"
+    NotebookClient(book, timeout=600, resources=place).execute()       # raises at the first error
+    assert outputs(book, "text/markdown") == before, f"the code has changed: {AGAIN}"

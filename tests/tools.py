@@ -32,4 +32,5 @@ def train_step(policy, tokenizer, optimizer, examples, step, cfg):
 def exact_loss(policy, traj, adv, cfg):
     """The loss of every state of every completion, and its ratios; adv (N,)."""
     views = agrpo.exact_views(traj, adv, cfg, policy.mask_id, None)
-    return agrpo.policy_loss(policy, traj, agrpo.prepare(policy, traj, views, adv[:, None], cfg), cfg)
+    views = agrpo.prepare(policy, traj, views, adv[:, None], cfg)
+    return agrpo.policy_loss(policy, traj, views, cfg)
