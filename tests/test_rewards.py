@@ -426,7 +426,7 @@ def test_a_fork_while_another_thread_waits_does_not_hang(one_second):
 def test_a_missing_library_is_told_and_not_graded_as_wrong(monkeypatch):
     math_answers.verifier.stop()
     monkeypatch.setattr(math_answers.sys, "executable", "/bin/false")
-    with pytest.raises(BadInput, match="math-verify"):
+    with pytest.raises(ImportError, match="math-verify"):
         grade("math", "\\sqrt{3}*(23-7)", EQUAL)
 
 
