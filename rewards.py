@@ -94,7 +94,7 @@ def sudoku_parts(completion: str, example: dict) -> dict:
 
 def sudoku_row(row: dict) -> dict:
     """A row of a file -> example: puzzle and solution, in any case, or question and gold."""
-    row = {name.lower(): text for name, text in row.items()}
+    row = {name.lower(): text for name, text in row.items() if name}
     if "gold" in row:
         row |= {"puzzle": re.search("[0-4]{16}", row["question"])[0], "solution": row["gold"]}
     example = {name: str(row[name]).strip() for name in ("puzzle", "solution")}
@@ -252,10 +252,12 @@ def math_grade(completion: str, example: dict) -> float:
     >>> [math_grade(x, {"answer": r"\\frac{1}{8}", "problem": ""}) for x in ("1/8", "0.125")]
     [1.0, 0.0]"""
     gold, answer = math_normal(example["answer"]), math_normal(math_answer(completion))
-    if gold != answer and (math_form(gold) != (form := math_form(answer)) or "unreduced" in form
-                           or re.search(r".[-+*/^]|\\", answer)      # the task, not its solution
-                           and answer in math_normal(example["problem"][:5000])):
-        return 0.0
+    if gold != answer:
+        form = math_form(answer)
+        copied = (re.search(r".[-+*/^]|\\", answer)        # the task, not its solution
+                  and answer in math_normal(example["problem"][:5000]))
+        if form != math_form(gold) or "unreduced" in form or copied:
+            return 0.0
     return math_value(completion, example)
 
 # --------------------------------------------------------------------------------------- prompts

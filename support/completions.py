@@ -40,13 +40,12 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
     except OSError as error:
         raise BadInput(f"--out {path}: {error}") from None
     known, rows = read_completions(path)
-    elsewhere = "--out FILE.jsonl goes elsewhere"
     if not known:
-        raise BadInput(f"{path} exists and holds no completions of this program: {elsewhere}")
-    other = [k for k in settings if known.get(k) != settings[k]]
+        raise BadInput(f"--out {path}: there is such a file, and this program did not make it")
+    other = ", ".join(k for k in settings if known.get(k) != settings[k])
     if other and not overwrite:
-        raise BadInput(f"{path} holds completions made with another {', '.join(other)}: "
-                       f"--overwrite replaces them, {elsewhere}")
+        raise BadInput(f"{path} was made with another {other}: --overwrite replaces it, --out "
+                       "FILE.jsonl goes elsewhere")
     return [] if overwrite else rows
 
 @contextlib.contextmanager
@@ -102,17 +101,16 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     if out:
         open_completions(Path(out), settings, overwrite)
     changed, groups, beside = [], {}, TASKS[theirs].beside
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         try:
             example = row["example"] if "example" in row else TASKS[theirs].row(row)
-            new = {"index": number, **row, **grade_row(theirs, row["completion"], example),
-                   "example": example}
+            new = {**row, **grade_row(theirs, row["completion"], example), "example": example}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput(f"--regrade {path}, completion {number + 1}: {type(error).__name__} "
-                           f"{error}") from None
+            raise BadInput(f"--regrade {path}, completion {number}: {type(error).__name__} {error}"
+                           ) from None
         if row.get("grade", new["grade"]) != new["grade"]:
-            changed.append(f"  example {new['index']}: {row['grade']:g} -> {new['grade']:g}, "
-                           f"answer read: {str(new['answer'])[:80]!r}")
+            changed.append(f"  completion {number}: {row['grade']:g} -> {new['grade']:g}, answer "
+                           f"read: {str(new['answer'])[:80]!r}")
         groups.setdefault((row.get("length", ""), row.get("steps", "")), []).append(new)
     lines = []
     for (length, steps), graded in groups.items():

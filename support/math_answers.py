@@ -136,9 +136,9 @@ if __name__ == "__main__":             # the process: answers a line [gold, answ
     print("ready", flush=True)
     for line in sys.stdin:
         signal.alarm(int(sys.argv[1]))
-        equal = False
+        verdict = 0
         with suppress(Exception):                          # whatever sympy makes of a string
             a, b = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in json.loads(line))
-            equal = verify(a, b, float_rounding=12, timeout_seconds=None)
+            verdict = int(verify(a, b, float_rounding=12, timeout_seconds=None))
         signal.alarm(0)
-        print(int(bool(equal)), flush=True)
+        print(verdict, flush=True)
