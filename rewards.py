@@ -285,10 +285,11 @@ def gold_completion(task: str, example: dict, style: str) -> str:
     """A right completion in the prompt's layout, for fine-tuning; its reasoning is GSM8K's own.
     >>> gold_completion("gsm8k", {"answer": "2 + 2 = <<2+2=4>>4\\n#### 4"}, "agrpo")
     '<think>2 + 2 = 4</think>\\n<answer>\\\\boxed{4}</answer>'"""
-    layout = FORMATS[style][2] if style in FORMATS else "{gold}"
+    gold = TASKS[task].gold(example)
+    if style not in FORMATS:
+        return gold
     words = example["answer"].partition("####")[0] if task == "gsm8k" else ""
-    return layout.format(reasoning=re.sub(r"<<.*?>>", "", words).strip(),
-                         gold=TASKS[task].gold(example))
+    return FORMATS[style][2].format(reasoning=re.sub(r"<<.*?>>", "", words).strip(), gold=gold)
 
 # ---------------------------------------------------------------------------- the table of tasks
 @dataclass(frozen=True)
