@@ -8,7 +8,7 @@ Neither raises on any completion, and both read the same answer (`find_answer`).
 import ast
 import operator
 import re
-from collections import Counter
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,7 +20,6 @@ from support.puzzles import (SOLUTIONS, countdown_generate, countdown_solve, in_
 
 class BadInput(Exception):
     """A mistake of the caller (flag, file, example), in one line. Commands exit with code 2."""
-
 
 # ---------------------------------------------------------------------- one parser for all tasks
 PLACEHOLDER = re.compile(r"(?:[.…_{}\s]|\\[lc]?dots|\\boxed)*")     # a copied format: no answer
@@ -59,7 +58,6 @@ def find_answer(completion: str) -> tuple[str, bool]:
     after = re.split(r"</(?:reasoning|think)>", text)[-1]
     return "" if re.search(r"<(?:reasoning|think)>", after) else after.strip(), False
 
-
 # ------------------------------------------------------------------------------------ 4x4 Sudoku
 def sudoku_cells(completion: str) -> tuple[str, bool]:
     """The digits given for the grid, row by row, and whether they are 16: the answer's digits, or
@@ -79,8 +77,8 @@ def sudoku_grade(completion: str, example: dict) -> float:
     >>> sudoku_grade("1234341221434321", ex), sudoku_grade("1234341221434324", ex)
     (1.0, 0.5)"""
     (cells, whole), puzzle = sudoku_cells(completion), example["puzzle"]
-    kept = whole and all(p in ("0", c) for p, c in zip(puzzle, cells))
-    if kept and cells in SOLUTIONS:
+    kept = all(p in ("0", c) for p, c in zip(puzzle, cells))
+    if whole and kept and cells in SOLUTIONS:
         return 1.0
     empty = max(1, puzzle.count("0"))
     right = sum(p == "0" and s == c for p, s, c in zip(puzzle, example["solution"], cells))
@@ -90,21 +88,20 @@ def sudoku_parts(completion: str, example: dict) -> dict:
     """format: 1/2 for 16 cells + 1/2 for the share of clues kept.
     >>> [sudoku_parts(x, {"puzzle": "12" + "0" * 14}) for x in ("1234341221434321", "no")]
     [{'format': 1.0}, {'format': 0.0}]"""
-    (cells, whole), puzzle = sudoku_cells(completion), example["puzzle"]
-    kept = sum(p == c for p, c in zip(puzzle, cells) if p != "0") / max(1, 16 - puzzle.count("0"))
-    return {"format": 0.5 + 0.5 * kept if whole else 0.0}
+    cells, whole = sudoku_cells(completion)
+    kept = [p == c for p, c in zip(example["puzzle"], cells) if p != "0"]
+    return {"format": 0.5 + 0.5 * sum(kept) / max(1, len(kept)) if whole else 0.0}
 
 def sudoku_row(row: dict) -> dict:
-    """A row of a file -> example; columns puzzle and solution in any case, or question and gold."""
-    row = {k.lower(): str(v).strip() for k, v in row.items() if k}
-    if "puzzle" not in row and (m := re.search("[0-4]{16}", row.get("question", ""))):
-        row |= {"puzzle": m[0], "solution": row["gold"]}
-    example = {name: row[name] for name in ("puzzle", "solution")}
-    grids = re.fullmatch("[0-4]{16},[1-4]{16}", ",".join(example.values()))
-    if not grids or sudoku_grade(example["solution"], example) < 1:
+    """A row of a file -> example: puzzle and solution, in any case, or question and gold."""
+    row = {name.lower(): text for name, text in row.items() if name}
+    if "gold" in row:
+        row |= {"puzzle": re.search("[0-4]{16}", row["question"])[0], "solution": row["gold"]}
+    example = {name: str(row[name]).strip() for name in ("puzzle", "solution")}
+    if (not re.fullmatch("[0-4]{16}", example["puzzle"])
+            or sudoku_grade(example["solution"], example) < 1):
         raise ValueError("puzzle and solution must be 16 digits each, 0 for an empty cell, and fit")
     return example
-
 
 # ------------------------------------------------------------------------------------- Countdown
 LATEX = (                              # (pattern, replacement): what an expression is written with
@@ -120,9 +117,9 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.Div: operator.truediv, ast.USub: operator.neg}
 
 def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
-    """Value and numbers of an expression over + - * / ( ) and integers, None for all else.
+    """Value and sorted numbers of an expression over + - * / ( ) and integers, None for all else.
     >>> evaluate_expression("(3 + 4) * 2"), evaluate_expression("9**9**9")
-    ((Fraction(14, 1), [3, 4, 2]), None)"""
+    ((Fraction(14, 1), [2, 3, 4]), None)"""
     def value(node):
         if isinstance(node, ast.Constant):
             return Fraction(node.value)
@@ -133,14 +130,15 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
         return None                                        # nesting takes stack
     plain = re.sub(r"\b0+(?=[0-9])", "", " ".join(text.split()))     # Python refuses 007
     try:
-        return value(ast.parse(plain, mode="eval").body), [*map(int, re.findall("[0-9]+", plain))]
+        numbers = sorted(map(int, re.findall("[0-9]+", plain)))
+        return value(ast.parse(plain, mode="eval").body), numbers
     except (SyntaxError, AttributeError, KeyError, ZeroDivisionError):
         return None
 
 def countdown_expression(completion: str) -> tuple[Fraction, list[int]] | None:
-    """Value and numbers of an answer's last expression; an equation with a number must be true.
+    """`evaluate_expression` of an answer's last one; an equation with a number must be true.
     >>> [countdown_expression(x) for x in (r"\\boxed{3 \\times (4 - 1) = 9}", "3 * 3 = 8")]
-    [(Fraction(9, 1), [3, 4, 1]), None]"""
+    [(Fraction(9, 1), [1, 3, 4]), None]"""
     text = find_answer(completion)[0][-2000:].strip("*`'\" ")
     for pattern, replacement in LATEX:
         text = re.sub(pattern, replacement, text)
@@ -160,25 +158,24 @@ def countdown_parts(completion: str, example: dict) -> dict:
     >>> [countdown_parts(x, {"nums": [3, 4, 2]})["format"] for x in ("3+4+2", "7*2", "no")]
     [1.0, 0.5, 0.0]"""
     parsed = countdown_expression(completion)
-    uses = parsed and Counter(parsed[1]) == Counter(example["nums"])
-    return {"format": (bool(parsed) + bool(uses)) / 2}
+    once = parsed and parsed[1] == sorted(example["nums"])
+    return {"format": (bool(parsed) + bool(once)) / 2}
 
 def countdown_grade(completion: str, example: dict) -> float:
     """1 if the expression uses each number once and gives the target, else 0.
     >>> [countdown_grade(x, {"nums": [3, 4, 2], "target": 14}) for x in ("(3+4)*2", "7*2")]
     [1.0, 0.0]"""
-    whole = countdown_parts(completion, example)["format"] == 1
-    return float(whole and countdown_expression(completion)[0] == example["target"])
+    return float(countdown_expression(completion) == (example["target"], sorted(example["nums"])))
 
 def countdown_row(row: dict) -> dict:
     """A row of a file -> example: nums and target, input "30,100,93" and output "23", or gold."""
-    row = dict(zip(("nums", "target"), row.get("gold", ()))) or row
-    nums = row["nums"] if "nums" in row else [int(x) for x in str(row["input"]).split(",")]
-    target = row["target"] if "target" in row else int(str(row["output"]))
-    if not nums or not all(type(x) is int for x in [*nums, target]):
-        raise ValueError("nums must be a list of integers, target an integer")
-    return {"nums": list(nums), "target": target}
-
+    if "gold" in row:
+        nums, target = row["gold"]
+    elif "input" in row:
+        nums, target = row["input"].split(","), row["output"]
+    else:
+        nums, target = row["nums"], row["target"]
+    return {"nums": [*map(int, nums)], "target": int(target)}
 
 # ----------------------------------------------------------------------------------------- GSM8K
 TYPESETTING = (                        # (pattern, replacement): what numbers are written with
@@ -238,7 +235,6 @@ def tag_parts(completion: str, example: dict) -> dict:
     return {"think": float("</think>" in text or "</reasoning>" in text),
             "answer": float("</answer>" in text.partition("<answer>")[2])}
 
-
 # ------------------------------------------------------------------------------------------ MATH
 def math_answer(completion: str) -> str:
     """The answer of a completion; too long a one is cut, and then equal to none."""
@@ -248,10 +244,7 @@ def math_value(completion: str, example: dict) -> float:
     """1 if the answer equals the example's in value, in any form.
     >>> [math_value(x, {"answer": r"\\frac{1}{8}"}) for x in ("0.125", "0.1")]
     [1.0, 0.0]"""
-    try:
-        return float(math_equal(example["answer"], math_answer(completion)))
-    except ImportError as error:
-        raise BadInput(str(error)) from None
+    return float(math_equal(example["answer"], math_answer(completion)))
 
 def math_grade(completion: str, example: dict) -> float:
     """1 if the answer equals the example's, is written in the same form (lowest terms, decimal,
@@ -259,12 +252,13 @@ def math_grade(completion: str, example: dict) -> float:
     >>> [math_grade(x, {"answer": r"\\frac{1}{8}", "problem": ""}) for x in ("1/8", "0.125")]
     [1.0, 0.0]"""
     gold, answer = math_normal(example["answer"]), math_normal(math_answer(completion))
-    if gold != answer and (math_form(gold) != (form := math_form(answer)) or "unreduced" in form
-                           or re.search(r".[-+*/^]|\\", answer)      # the task, not its solution
-                           and answer in math_normal(example["problem"][:5000])):
-        return 0.0
+    if gold != answer:
+        form = math_form(answer)
+        copied = (re.search(r".[-+*/^]|\\", answer)        # the task, not its solution
+                  and answer in math_normal(example["problem"][:5000]))
+        if form != math_form(gold) or "unreduced" in form or copied:
+            return 0.0
     return math_value(completion, example)
-
 
 # --------------------------------------------------------------------------------------- prompts
 FORMATS = {     # --prompt: (layout that is asked for, how a completion begins, an answer laid out)
@@ -281,7 +275,7 @@ def prompt_for(task: str, example: dict, style: str, system_prompt: str = "") ->
     >>> prompt_for("countdown", {"nums": [3, 4, 2], "target": 14}, "bare")
     ('3,4,2=14', '')"""
     row = TASKS[task]
-    if style in ("bare", ""):
+    if style not in FORMATS:
         return (row.bare or row.question)(example), ""
     layout, begin, _ = FORMATS[style]
     instructions = system_prompt or f"{row.instruction} {layout.format(form=row.form)}"
@@ -292,11 +286,10 @@ def gold_completion(task: str, example: dict, style: str) -> str:
     >>> gold_completion("gsm8k", {"answer": "2 + 2 = <<2+2=4>>4\\n#### 4"}, "agrpo")
     '<think>2 + 2 = 4</think>\\n<answer>\\\\boxed{4}</answer>'"""
     gold = TASKS[task].gold(example)
-    if style in ("bare", ""):
+    if style not in FORMATS:
         return gold
     words = example["answer"].partition("####")[0] if task == "gsm8k" else ""
     return FORMATS[style][2].format(reasoning=re.sub(r"<<.*?>>", "", words).strip(), gold=gold)
-
 
 # ---------------------------------------------------------------------------- the table of tasks
 @dataclass(frozen=True)
@@ -309,8 +302,8 @@ class Task:
     grade: Callable[[str, dict], float]           # completion, example -> [0, 1], 1 is solved
     instruction: str = "Solve the problem step by step."
     form: str = "the answer"                      # what the prompt says stands in the box
-    parts: Callable[[str, dict], dict] | None = None     # of the reward beside "correct", the grade
-    weights: dict = field(default_factory=lambda: {"correct": 3})    # of the parts and the grade
+    parts: Callable[[str, dict], dict] = lambda text, ex: {}  # of the reward, beside the grade ...
+    weights: dict = field(default_factory=lambda: {"correct": 3})    # ... which is "correct"
     answer: Callable[[str], object] = lambda text: find_answer(text)[0] or None    # for the vote
     row: Callable[[dict], dict] = dict            # a row of a data file -> example
     canonical: Callable[[dict], object] | None = None    # equal up to symmetry; None: question
@@ -331,8 +324,8 @@ class Task:
 
 def text_row(question: str, row: dict) -> dict:
     """A row of a file -> example: a statement, and answer or gold, which may be null."""
-    statement = row["question"] if question not in row and "question" in row else row[question]
-    answer = (row["gold"] or "") if "gold" in row and "answer" not in row else row["answer"]
+    statement = row.get(question, row.get("question"))
+    answer = row["answer"] if "answer" in row or "gold" not in row else row["gold"] or ""
     if not {type(statement), type(answer)} <= {str, int, float}:
         raise ValueError(f"{question} and answer must be text")
     return {question: str(statement), "answer": str(answer)}
@@ -373,42 +366,34 @@ TASKS = {
 
 def grade(task: str, completion: str, example: dict) -> float:
     """Grade in [0, 1]; 1 is solved. Never raises if the task's own function does not."""
-    value = TASKS[task].grade(completion, example)
-    if not 0 <= value <= 1:
-        raise BadInput(f"task {task}: a grade of {value}, it must be between 0 and 1")
-    return float(value)
+    return float(TASKS[task].grade(completion, example))
 
 def reward_parts(task: str, completion: str, example: dict, weights: dict | None = None) -> dict:
     """The named parts whose sum is the reward; by default Task.weights, the published 0 to 4.
     >>> reward_parts("countdown", "3+4+2", {"nums": [3, 4, 2], "target": 14})
     {'format': 1.0, 'correct': 0.0}"""
     row = TASKS[task]
-    parts = dict(row.parts(completion, example)) if row.parts else {}
-    if "correct" in row.weights and "correct" not in parts:
-        parts["correct"] = row.grade(completion, example)
+    parts = row.parts(completion, example)
+    if "correct" in row.weights:
+        parts = {**parts, "correct": row.grade(completion, example)}
     return {name: (weights or row.weights)[name] * value for name, value in parts.items()}
 
 def try_task(task: str, example: dict):
     """Raises BadInput unless a task's functions work on an example, its gold and an empty text."""
-    row, name = TASKS[task], ""
+    row = TASKS[task]
     try:
-        for name in ("question", "gold", "bare"):
-            if not isinstance(words := (getattr(row, name) or row.question)(example), str):
-                raise TypeError(f"{words!r} is no text")
-        for completion in (row.gold(example), ""):
-            name = "grade"
-            grade(task, completion, example)
-            name = "parts"
-            parts = reward_parts(task, completion, example)
-            if parts.keys() != row.weights.keys() or not abs(sum(parts.values())) < float("inf"):
-                raise ValueError(f"{parts}, the weights are {row.weights}: a number for each")
-            name = "answer"
-            row.answer(completion)
-        name = "key"
         hash(row.key(example))
+        gold = row.gold(example)
+        "".join([gold, row.question(example), (row.bare or row.question)(example)])     # all text
+        for completion in (gold, ""):
+            reward_parts(task, completion, example)
+            row.answer(completion)
+            if not 0 <= (value := grade(task, completion, example)) <= 1:
+                raise ValueError(f"a grade of {value}, it must be between 0 and 1")
     except Exception as error:                             # of code that is not ours
-        raise BadInput(f"task {task}: {name} does not work on {str(example)[:100]}: "
-                       f"{type(error).__name__}: {error}") from None
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise BadInput(f"task {task} does not work on {str(example)[:100]}: {type(error).__name__}:"
+                       f" {error} ({at.filename}:{at.lineno})") from None
 
 def overlong(length: int, limit: int, free: float) -> float:
     """DAPO's soft overlong punishment (2503.14476): 0 up to `free` of the limit, 1 at the limit.
@@ -422,9 +407,9 @@ def read_weights(task: str, text: str) -> dict:
     {'format': 1, 'correct': 2.0}"""
     weights = dict(TASKS[task].weights)
     for item in filter(None, text.split(",")):
-        name, _, value = (part.strip() for part in item.partition("="))
-        if name not in weights or not re.fullmatch(r"-?[0-9]{1,6}(\.[0-9]{1,6})?", value):
+        m = re.fullmatch(r"\s*(.+?)\s*=\s*(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)\s*", item)
+        if not m or m[1] not in weights:
             raise BadInput(f"--reward-weights {item!r}: must be NAME=NUMBER, the names for {task} "
                            f"are {', '.join(weights)}")
-        weights[name] = float(value)
+        weights[m[1]] = float(m[2])
     return weights

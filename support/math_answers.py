@@ -80,7 +80,7 @@ def math_equal(gold: str, answer: str) -> bool:
     if a == b:
         return True
     braces = re.sub(r"\\[{}]|[^{}]", "", answer)
-    for _ in answer:
+    while "{}" in braces:
         braces = braces.replace("{}", "")
     if braces or "boxed" in answer or not answer.isprintable():
         return False                                       # it would close the box it is put in
@@ -101,35 +101,29 @@ class Verifier:
     def __init__(self):
         self.process, self.lock = None, threading.Lock()
 
-    def stop(self) -> int | None:
-        """The exit code of the process, if there is one."""
-        process, self.process = self.process, None
-        if process:
-            process.kill()
-            process.communicate()
-            return process.returncode
+    def stop(self):
+        """Whatever the process is doing."""
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
 
-    def ask(self, *question: str) -> str:
-        """1 or 0, "late" if an alarm ended the process, nothing if something else did."""
-        verdict = ""
-        try:
-            with suppress(OSError):
-                if self.process is None:
-                    self.process = subprocess.Popen(       # -1: a pipe; Ctrl-C is not for it
-                        [sys.executable, "-P", __file__, str(MATH_LIMIT)], stdin=-1, stdout=-1,
+    def equal(self, gold: str, answer: str) -> bool:
+        """Whether math-verify finds, in time, that two are equal in value."""
+        pipe, verdict = subprocess.PIPE, ""
+        with self.lock:
+            try:
+                if not self.process or self.process.poll() is not None:
+                    self.process = subprocess.Popen(       # in a session of its own: no Ctrl-C
+                        [sys.executable, "-P", __file__, str(MATH_LIMIT)], stdin=pipe, stdout=pipe,
                         stderr=subprocess.DEVNULL, text=True, start_new_session=True)
                     if self.process.stdout.readline() != "ready\n":
                         raise ImportError("math-verify is missing: pip install -r requirements.txt")
-                print(json.dumps(question), file=self.process.stdin, flush=True)
+                print(json.dumps([gold, answer]), file=self.process.stdin, flush=True)
                 verdict = self.process.stdout.readline()
-        finally:                                           # a late verdict would answer the next
-            code = 0 if verdict else self.stop()
-        return "late" if code == -signal.SIGALRM else verdict.strip()
-
-    def equal(self, gold: str, answer: str) -> bool:
-        """Whether math-verify finds two equal in value; if it was killed, it is asked once more."""
-        with self.lock:
-            return (self.ask(gold, answer) or self.ask(gold, answer)) == "1"
+            finally:
+                if not verdict:                            # or it would answer the next question
+                    self.stop()
+        return verdict == "1\n"
 
 verifier = Verifier()
 os.register_at_fork(after_in_child=verifier.__init__)      # pipes and lock are the parent's
@@ -137,16 +131,14 @@ os.register_at_fork(after_in_child=verifier.__init__)      # pipes and lock are 
 if __name__ == "__main__":             # the process: answers a line [gold, answer] with 1 or 0
     from math_verify import parse, verify
     from resource import RLIMIT_DATA, getrlimit, setrlimit
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)          # it ends us, whatever we inherited
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     with suppress(ValueError, OSError):                    # 4 GB, where the system can limit it
         setrlimit(RLIMIT_DATA, (4 * 2**30, getrlimit(RLIMIT_DATA)[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         signal.alarm(int(sys.argv[1]))
-        equal = False
+        verdict = 0
         with suppress(Exception):                          # whatever sympy makes of a string
             a, b = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in json.loads(line))
-            equal = verify(a, b, float_rounding=12, timeout_seconds=None)
+            verdict = int(verify(a, b, float_rounding=12, timeout_seconds=None))
         signal.alarm(0)
-        print(int(bool(equal)), flush=True)
+        print(verdict, flush=True)

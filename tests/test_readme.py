@@ -166,10 +166,10 @@ WORKS = {"question": lambda ex: ex["digits"], "gold": lambda ex: ex["digits"],
     "change",
     [{"grade": lambda text, ex: 2.0}, {"grade": lambda text, ex: math.nan},
      {"grade": lambda text, ex: None}, {"grade": lambda text, ex: 1 / 0},
-     {"parts": lambda text, ex: {"other": 1.0}}, {"weights": {"correct": 3, "absent": 1}},
+     {"parts": lambda text, ex: {"other": 1.0}}, {"answer": lambda text: text[100]},
      {"question": lambda ex: 7}, {"gold": lambda ex: None}, {"canonical": lambda ex: []},
      {"generate": lambda n, seed, split: []}, {"generate": lambda n, seed, split: None},
-     {"generate": None}, {"lazy": None}, {"answer": lambda text: text[100]}],
+     {"generate": None}, {"lazy": None}],
     ids=lambda change: "-".join(change),
 )
 def test_a_task_that_cannot_work_is_one_line(change, here, quick, capsys, monkeypatch):

@@ -392,10 +392,11 @@ def test_the_time_limit_holds_in_threads_and_processes_alike(one_second):
     assert time.perf_counter() - clock < 60
 
 
-def test_a_lost_verdict_is_asked_again_and_an_interrupted_one_is_never_anothers():
+def test_a_killed_process_is_replaced_and_an_interrupted_verdict_is_never_anothers():
     assert grade("math", "\\sqrt{3}*(24-8)", EQUAL) == 1
-    os.kill(math_answers.verifier.process.pid, signal.SIGKILL)
-    assert grade("math", "\\sqrt{3}*(25-9)", EQUAL) == 1  # killed by somebody: asked once more
+    math_answers.verifier.process.kill()                   # by somebody
+    math_answers.verifier.process.wait()
+    assert grade("math", "\\sqrt{3}*(25-9)", EQUAL) == 1
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -422,18 +423,10 @@ def test_a_fork_while_another_thread_waits_does_not_hang(one_second):
     thread.join(60)
 
 
-def test_an_ignored_alarm_in_our_process_does_not_lift_the_limit(one_second):
-    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    try:
-        assert grade("math", "9^{9^{9^{9}}}-\\sqrt{3}", EQUAL) == 0
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
 def test_a_missing_library_is_told_and_not_graded_as_wrong(monkeypatch):
     math_answers.verifier.stop()
     monkeypatch.setattr(math_answers.sys, "executable", "/bin/false")
-    with pytest.raises(BadInput, match="math-verify"):
+    with pytest.raises(ImportError, match="math-verify"):
         grade("math", "\\sqrt{3}*(23-7)", EQUAL)
 
 
