@@ -175,7 +175,7 @@ def countdown_row(row: dict) -> dict:
         nums, target = row["input"].split(","), row["output"]
     else:
         nums, target = row["nums"], row["target"]
-    return {"nums": [*map(int, nums)], "target": int(target)}
+    return {"nums": [int(str(n)) for n in nums], "target": int(str(target))}   # 2.5 is refused
 
 # ----------------------------------------------------------------------------------------- GSM8K
 TYPESETTING = (                        # (pattern, replacement): what numbers are written with
