@@ -142,8 +142,7 @@ class Law:
             self.inside = logits.gather(1, at).masked_fill(support == V, -math.inf)
         self.z = self.inside if self.tau == 1.0 else self.inside / self.tau
         self.lse, self.p = LogSumExp.apply(self.z)                             # (n,), (n, k)
-        plain = self.lse if self.z is logits else LogSumExp.apply(logits.detach())[0]
-        self.plain_lse = plain.detach()                        # of all logits, not tempered
+        self.plain_lse = (self.lse if self.z is logits else LogSumExp.apply(logits)[0]).detach()
 
     def index(self, token) -> Tensor:
         """token (n,) -> (n,) where it stands in the support."""
@@ -152,13 +151,18 @@ class Law:
     def logp(self, token) -> Tensor:
         """(n,) under the law; LOG_ZERO outside of its support."""
         logp = self.z.gather(1, self.index(token)[:, None]).squeeze(1) - self.lse
-        if self.support is None:
-            return logp
-        return logp.masked_fill((self.support != token[:, None]).all(1), LOG_ZERO)
+        outside = None if self.support is None else (self.support != token[:, None]).all(1)
+        return logp if outside is None else logp.masked_fill(outside, LOG_ZERO)
 
     def confidence(self, token) -> Tensor:
         """(n,) the plain log-probability, which LLaDA compares. Without a gradient."""
         return self.logits.detach().gather(1, token[:, None]).squeeze(1) - self.plain_lse
+
+    def divergence(self, at, logits, cfg: Config) -> Tensor:
+        """(m,) KL(this law || that of logits (m, V) on its support) at positions `at` (n,) bool."""
+        other = Law(logits.detach(), cfg, None if self.support is None else self.support[at])
+        mine, theirs = self.z[at] - self.lse[at, None], other.z - other.lse[:, None]   # (m, k)
+        return (mine.exp() * (mine - theirs).masked_fill(mine == -math.inf, 0.0)).sum(1)
 
     def draw(self, u) -> Tensor:
         """u (n,) in [0, 1) -> token ids (n,), by inverting the cumulative distribution."""
@@ -256,10 +260,9 @@ def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, rule=None) -> 
     logp, order_logp, entropy, gradient = zeros
     traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T),
                       torch.zeros_like(tokens), *zeros, prompt.new_zeros(N), eos_id)
-    ended = prompt.new_zeros(N, 1, dtype=torch.bool)
     for t in range(T):
         block, open_ = open_positions(tokens, mask_id, blocks)
-        rows = (open_ & ~ended).any(1).nonzero().squeeze(1)    # (R,) of N, not finished; row: of R
+        rows = open_.any(1).nonzero().squeeze(1)               # (R,) of N, not finished; row: of R
         if not len(rows):
             break
         block, open_ = block[rows], open_[rows]                                # (R, C)
@@ -283,9 +286,9 @@ def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, rule=None) -> 
             order_logp[rows, t] = log_choice.double()
             gradient[:, t].index_add_(0, rows[row], size.double())
         traj.nfe[rows] += 1
-        ended[rows] = ((tokens[rows] == eos_id) | ~block).all(1, keepdim=True)
+        ended = rows[((tokens[rows] == eos_id) | ~block).all(1)]
+        tokens[ended] = tokens[ended].masked_fill(tokens[ended] == mask_id, eos_id)    # no loss
         del law                                                # before the next logits are made
-    tokens.masked_fill_(tokens == mask_id, eos_id)             # deterministic: carries no loss
     return traj
 
 # ------------------------------------------------- states visited, and their steps scored again
@@ -307,7 +310,6 @@ class Views(NamedTuple):
     adv: Tensor | None = None          # (M, 1) or (M, C): this and the rest by `prepare`
     logp_old: Tensor | None = None     # (M, C); None: those of the first evaluation
     order_logp_old: Tensor | None = None    # (M,); None: the choice of positions does not count
-    logp_reference: Tensor | None = None    # (M, C), for the KL term
     def select(self, index) -> "Views":                        # indices, a slice or bool (M,)
         return Views(*(x[index] if isinstance(x, Tensor) else x for x in self))
 
@@ -319,7 +321,8 @@ def make_views(traj, row, step, state, target, cfg, old: str, weight=1.0, **prom
 
 def step_logp(policy, traj: Trajectory, views: Views, cfg: Config):
     """Eq. 1 for each view under the present parameters, one forward: log-probs (targets,), in
-    row-major order, and those of the choice of positions (M,), None if it has none."""
+    row-major order; those of the choice of positions (M,), None if it has none; with cfg.kl the
+    divergence of each target's whole law from policy.reference's (targets,), else None."""
     row, target, order_logp, where = views.row, views.target, None, views.target
     first = int(views.prompt_mask.any(0).int().argmax())       # what is padding in all rows
     sees = views.prompt[:, first:], views.prompt_mask[:, first:], views.state
@@ -331,10 +334,12 @@ def step_logp(policy, traj: Trajectory, views: Views, cfg: Config):
     token, hit = traj.tokens[row][where], target[where]
     support = None if traj.support is None else traj.support[row][target]
     law = Law(policy.logits(*sees, where), cfg, support, hit if order_logp else None)
+    logp = law.logp(token)[hit]
+    kl = law.divergence(hit, policy.reference.logits(*sees, target), cfg) if cfg.kl else None
     if not order_logp:
-        return law.logp(token), None
+        return logp, None, kl
     at, rank = where.nonzero(as_tuple=True), traj.rank[row].masked_fill(~target, -1)
-    return law.logp(token)[hit], order_logp(law, token, at, rank, cfg)[0]
+    return logp, order_logp(law, token, at, rank, cfg)[0], kl
 
 # ------------------------------------------------------------------ quasi-Monte-Carlo time steps
 def proposal(size, inside, floor: float) -> Tensor:
@@ -436,20 +441,19 @@ def exact_views(traj: Trajectory, adv, cfg: Config, mask_id: int, g) -> Views:
 METHODS = Rows({"agrpo": Method(agrpo_views), "exact": Method(exact_views)})
 
 def surrogate(logp, logp_old, adv, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Eq. 3 and 4, elementwise: min(r A, clip(r) A), and the ratio r without a gradient."""
-    ratio = (logp - logp_old).exp()
+    """Eq. 3 and 4, elementwise: min(r A, clip(r) A), and the ratio r without a gradient. What one
+    of the laws cannot do, LOG_ZERO, has none: r = 1."""
+    ratio = torch.where(torch.minimum(logp, logp_old) > LOG_ZERO / 2, logp - logp_old, 0.0).exp()
     clipped = ratio.clamp(1 - cfg.clip, 1 + (cfg.clip_high or cfg.clip))
     return torch.minimum(ratio * adv, clipped * adv), ratio.detach()
 
 def policy_loss(policy, traj: Trajectory, views: Views, cfg: Config) -> tuple[Tensor, Tensor]:
     """Minus Eq. 4 for some prepared views, and ratios (of tokens, then of choices of positions)."""
-    target, (logp, order_logp) = views.target, step_logp(policy, traj, views, cfg)
+    target, (logp, order_logp, kl) = views.target, step_logp(policy, traj, views, cfg)
     logp_old = logp.detach() if views.logp_old is None else views.logp_old[target]
     adv, weight = (x.expand(target.shape)[target] for x in (views.adv, views.weight))
     gain, ratio = surrogate(logp, logp_old, adv * weight, cfg)
-    if views.logp_reference is not None:
-        s = views.logp_reference[target].to(logp) - logp       # k3: exact where order is random
-        gain = gain - cfg.kl * weight * (logp - logp_old).exp() * (s.exp() - s - 1)
+    gain = gain if kl is None else gain - cfg.kl * weight * kl
     total = gain.sum()                              # Eq. 1 is a sum over the tokens of a step
     if order_logp is not None:                      # one action, clipped once, not with each token
         adv = (views.adv * views.weight)[:, 0]
@@ -458,10 +462,7 @@ def policy_loss(policy, traj: Trajectory, views: Views, cfg: Config) -> tuple[Te
     return -total / len(traj.tokens), ratio         # 1/N: a mean over all completions
 
 def recorded(policy, traj: Trajectory, views: Views, cfg: Config, positions=True) -> Views:
-    """Old log-probs are the rollout's. No pass for targets of probability one: no gradient."""
-    if not cfg.kl and views.adv.shape[1] == 1:
-        step = traj.reveal_step[views.row].clamp(max=cfg.steps - 1)
-        views = views.select(((traj.gradient[views.row].gather(1, step) > 0) & views.target).any(1))
+    """Old log-probs are the rollout's."""
     order_logp = traj.order_logp[views.row, views.step] if positions else None
     return views._replace(logp_old=traj.logp[views.row], order_logp_old=order_logp)
 
@@ -471,8 +472,7 @@ def prepare(policy, traj: Trajectory, views: Views, adv, cfg: Config) -> Views:
     """The views that have a gradient, with adv (N, 1) or (N, C) and all that policy_loss needs."""
     if not cfg.kl and adv.shape[1] == 1:
         views = views.select(adv[views.row, 0] != 0)
-    views = OLD_LOGP[views.old](policy, traj, views._replace(adv=adv[views.row]), cfg)
-    return OLD_LOGP["reference"](policy, traj, views, cfg) if cfg.kl else views
+    return OLD_LOGP[views.old](policy, traj, views._replace(adv=adv[views.row]), cfg)
 
 # -------------------------------------------------------------------------------------- the loop
 def processes() -> tuple[int, int]:
@@ -539,39 +539,40 @@ def sample_step(policy, examples: list, step: int, cfg: Config, sample: Callable
     traj, parts, solved = sample(policy, batch, keys, cfg)
     parts = {name: torch.as_tensor(part, dtype=torch.float64) for name, part in parts.items()}
     reward = sum(parts.values())
-    logged = {f"reward_{name}": float(part.mean()) for name, part in parts.items()}
     return traj, reward, {
-        "step": step, "reward": float(reward.mean()), **logged,
-        "solved": sum(map(float, solved)) / len(batch), "sampled": len(batch),
+        "step": step, "reward": float(reward.mean()), "sampled": len(batch),
+        **{f"reward_{name}": float(part.mean()) for name, part in parts.items()},
+        "solved": sum(map(float, solved)) / len(batch), "nfe": float(traj.nfe.float().mean()),
         "entropy": float(traj.entropy.sum() / traj.tokens.numel()),
-        "nfe": float(traj.nfe.float().mean()), "rollout_seconds": time.perf_counter() - clock}
+        "rollout_seconds": time.perf_counter() - clock}
 
 def update(policy, optimizer, traj: Trajectory, reward, step: int, cfg: Config,
            per_token=lambda views, adv: adv, also=lambda views: (0.0, [])) -> dict:
     """Advantages, views, gradients, an optimizer step per inner epoch -> what is logged. A second
     network: per_token(views, adv (N, 1)) -> adv (N, C), also(views) -> loss, ratios: its own."""
     clock, groups, ratios = time.perf_counter(), reward.view(-1, cfg.completions), []
-    adv, mirror = (ADVANTAGES[cfg.advantage](r) for r in (groups, groups.flip(0)))     # (B, G)
-    if adv.shape != groups.shape or not adv.allclose(mirror.flip(0), equal_nan=True):
-        raise ValueError(f"advantage {cfg.advantage!r} mixes groups: is keepdim=True missing?")
+    adv = ADVANTAGES[cfg.advantage](groups)                                            # (B, G)
     finite = all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient))
     adv = adv.reshape(-1).to(traj.logp.device) if finite else torch.zeros_like(traj.logp[:, 0])
     made = [METHODS[cfg.method].views(traj, adv, cfg, policy.mask_id, generator(
         "timesteps", cfg.seed, step, *([i] if i else []))) for i in range(cfg.inner_epochs)]
     adv = per_token(made[0], adv[:, None])
     epochs = [prepare(policy, traj, views, adv, cfg) for views in made]
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in weights] if cfg.inner_epochs > 1 else []
     for views in epochs:
         loss, some = accumulate(views, cfg, lambda part: policy_loss(policy, traj, part, cfg))
         other, more = also(views)
         norm, finite = optimizer_step(optimizer, step, cfg, finite and math.isfinite(loss + other))
         ratios += some + more
+    for p, was in zip(weights, before) if not finite else ():  # also what earlier epochs did
+        p.data.copy_(was)
     ratio = torch.cat(gather(ratios) or [torch.ones(1)])
-    outside = (ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))
+    outside = ((ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))).float()
     drawn, used = (sum(len(views.row) for views in some) for some in (made, epochs))
-    return {"ratio": float(ratio.mean()), "clip_fraction": float(outside.float().mean()),
-            "grad_norm": norm, "passes": used, "passes_saved": drawn - used,
-            "skipped": int(not finite), "lr": learning_rate(step, cfg),
-            "update_seconds": time.perf_counter() - clock}
+    return {"ratio": float(ratio.mean()), "clip_fraction": float(outside.mean()), "passes": used,
+            "grad_norm": norm, "passes_saved": drawn - used, "skipped": int(not finite),
+            "lr": learning_rate(step, cfg), "update_seconds": time.perf_counter() - clock}
 
 def train_step(policy, optimizer, examples: list, step: int, cfg: Config, sample: Callable) -> dict:
     """One step of RL, start to end; returns what is logged."""
@@ -593,8 +594,7 @@ def train(run):
 
 def main(argv=None) -> int:
     """The command line; returns the exit code."""
-    from eval import training
-    return training(argv, train)
+    return importlib.import_module("eval").training(argv, train)
 
 if __name__ == "__main__":                                     # by its name: tables exist once
     sys.exit(importlib.import_module("agrpo").main())

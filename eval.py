@@ -334,7 +334,7 @@ def run_training(cfg, loop, resume: bool, overwrite: bool, rebuild_base: bool) -
     base = runs.read_json(folder / "eval_base.json", list)
     say(f"base: {percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} "
         f"steps, {base[0]['nfe']:.1f} denoiser calls")
-    if cfg.kl and cfg.kl_reference == "base" and not cfg.sft:
+    if cfg.kl and not cfg.sft:
         scored.keep_reference(policy)
     loop(run)
     if run.stopped:
@@ -356,7 +356,10 @@ def method_of(cfg, tokenizer) -> agrpo.Method:
     if cfg.controller != "off":
         return method._replace(train_step=diffpo.controller_step, begin=diffpo.begin)
     if cfg.cache in ("prefix", "dual"):
-        return method._replace(train_step=caches.train_step)
+        method = method._replace(train_step=caches.train_step)
+    if cfg.kl and cfg.kl_reference == "old":
+        one_step = method.train_step or agrpo.train_step
+        method = method._replace(train_step=scored.kept_each_step(one_step))
     return method
 
 def training(argv, loop) -> int:

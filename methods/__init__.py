@@ -18,8 +18,8 @@ ROWS = {                               # table of agrpo.py: row -> file
         "independent_gradient": "caches"},
     "ADVANTAGES": {"none": "tracerl"},
     "NORMALIZERS": {"length": "diffu_grpo", "state_tokens": "tracerl", "batch_tokens": "dipo"},
-    "OLD_LOGP": {"scored": "scored", "reference": "scored", "truncated": "diffpo",
-                 "tokens": "dipo", "cached": "caches"},
+    "OLD_LOGP": {"scored": "scored", "truncated": "diffpo", "tokens": "dipo",
+                 "cached": "caches"},
 }
 
 def load(name: str):

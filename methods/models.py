@@ -1,4 +1,5 @@
 """All settings together; from checkpoint to policy, from examples to completions and rewards."""
+import contextlib
 import dataclasses
 
 import torch
@@ -42,6 +43,12 @@ def settle(given: dict, may_be_zero=frozenset()) -> Settings:
         shape = {"eval_length": 0, "eval_block_length": 0, **given}
         cfg = dataclasses.replace(cfg, eval_length=shape["eval_length"],
                                   eval_block_length=shape["eval_block_length"])
+    rewards, found = torch.eye(2, 3), None                     # two groups of three
+    with contextlib.suppress(RuntimeError):                    # shapes that do not go together
+        found = agrpo.ADVANTAGES[cfg.advantage](rewards)
+    if getattr(found, "shape", None) != rewards.shape:
+        raise BadInput(f"--advantage {cfg.advantage}: (B, G) rewards must give (B, G) advantages; "
+                       "is keepdim=True missing?")
     if cfg.kl_reference == "old" and cfg.inner_epochs == 1 and "kl" not in given:
         cfg = dataclasses.replace(cfg, kl=0.0)                 # no gradient at the first update
     return options.with_prompt(cfg)

@@ -1,5 +1,4 @@
 """Old log-probs of states that the sampler did not see, and the reference of the KL term."""
-import contextlib
 import dataclasses
 
 import torch
@@ -17,10 +16,11 @@ def score(policy, traj, views, cfg) -> tuple[Tensor, Tensor | None]:
     """agrpo.step_logp of all views, dense: tokens (M, C), 0 where there is no target, and the
     choices of positions (M,), None if they do not count. Each process scores its share."""
     (rank, world), found, device = agrpo.processes(), [], views.row.device
+    cfg = dataclasses.replace(cfg, kl=0.0)
     mine = torch.arange(len(views.row), device=device)[rank::world]
     for part in agrpo.micro_batches(views.select(mine), cfg):
         some = views.select(mine[part])
-        logp, order_logp = agrpo.step_logp(policy, traj, some, cfg)
+        logp, order_logp, _ = agrpo.step_logp(policy, traj, some, cfg)
         dense = torch.zeros(some.target.shape, dtype=torch.float64, device=device)
         dense.masked_scatter_(some.target, logp.double())
         found.append([x if x is None else x.cpu() for x in (mine[part], dense, order_logp)])
@@ -40,28 +40,33 @@ def scored(policy, traj, views, cfg):
         return views
     return views._replace(logp_old=score(policy, traj, views, cfg)[0])
 
+class Reference:
+    """A denoiser: the policy with the weights that were trained up to now, all or the adapters."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.kept = [(p, p.detach().clone()) for p in policy.model.parameters() if p.requires_grad]
+
+    def logits(self, *sees) -> Tensor:
+        """As the policy's."""
+        trained = [p.data for p, _ in self.kept]
+        try:
+            for p, was in self.kept:
+                p.data = was
+            return self.policy.logits(*sees)
+        finally:
+            for (p, _), now in zip(self.kept, trained):
+                p.data = now
+
 def keep_reference(policy):
-    """Before training: a copy of the weights that will be trained, all or the adapters."""
-    policy.reference = [(p, p.detach().clone()) for p in policy.model.parameters()
-                        if p.requires_grad]
+    """What the KL term of Eq. 4 compares with from now on: the policy as it is."""
+    policy.reference = Reference(policy)
 
-@contextlib.contextmanager
-def reference_weights(policy):
-    """Within `with`, the weights that the training began with."""
-    trained = [p.data for p, _ in policy.reference]
-    try:
-        for p, first in policy.reference:
-            p.data = first
-        yield
-    finally:
-        for (p, _), now in zip(policy.reference, trained):
-            p.data = now
+def kept_each_step(train_step):
+    """--kl-reference old: the reference is the policy before each update."""
+    def step_of(policy, *args):
+        keep_reference(policy)
+        return train_step(policy, *args)
+    return step_of
 
-def reference(policy, traj, views, cfg):
-    """The log-probs that the KL term of Eq. 4 compares with."""
-    if cfg.kl_reference == "old":
-        return views._replace(logp_reference=views.logp_old)
-    with reference_weights(policy):
-        return views._replace(logp_reference=score(policy, traj, views, cfg)[0])
-
-agrpo.OLD_LOGP |= {"scored": scored, "reference": reference}
+agrpo.OLD_LOGP["scored"] = scored

@@ -363,7 +363,7 @@ def test_importance_weights_are_the_truncated_ratio_of_surrogate_and_behaviour()
     cfg = dataclasses.replace(CFG, truncation=1.01, clip=0.2)
     traj, adv = rolled(policy, cfg, *[9] * 6), normal(6)
     views = views_of("diffpo", policy, traj, cfg, seed=1)
-    logp, _ = agrpo.step_logp(policy, traj, views, cfg)
+    logp, *_ = agrpo.step_logp(policy, traj, views, cfg)
     row = views.target.nonzero()[:, 0]
     w = (logp.detach() - recorded_of(traj, views)).exp().clamp(max=1.01)
     assert (w == 1.01).any() and (w < 1.01).any()
@@ -374,26 +374,67 @@ def test_importance_weights_are_the_truncated_ratio_of_surrogate_and_behaviour()
     assert (got - want).norm() < 1e-12 * want.norm()
 
 
-def test_the_kl_term_has_the_gradient_of_the_exact_divergence():
-    """Of all tokens that one position may draw, weighted by their probability: autograd of
-    sum p log(p / reference)."""
-    cfg = change(completion_length=1, block_length=1, steps=1, temperature=1.0, kl=1.0,
-                 unmasking="random")
-    policy = toy.TableDenoiser(1, V=7)
-    found = toy.enumerate_trajectories(policy, cfg)
-    traj, z = toy.as_trajectory(policy, cfg, found), policy.of((policy.mask_id,))[0]
-    reference, logp = normal(7).log_softmax(0), z.log_softmax(0)
-    want, = torch.autograd.grad((logp.exp() * (logp - reference)).sum(), policy.table)
-    views, token = views_of("exact", policy, traj, cfg), traj.tokens[:, 0]
-    zero, old = torch.zeros(7, 1, dtype=torch.float64), traj.logp
-    views = views._replace(adv=zero, weight=7 * old.exp(), logp_old=old,
-                           logp_reference=reference[token][:, None])
-    got, = torch.autograd.grad(agrpo.policy_loss(policy, traj, views, cfg)[0], policy.table)
-    assert (got - want).abs().max() < 1e-12 and want.norm() > 0.1
-    for i in range(7):                 # never negative; nothing for the reference itself
-        assert float(agrpo.policy_loss(policy, traj, views.select([i]), cfg)[0].detach()) > 0
-    same = views._replace(logp_reference=old)
-    assert abs(float(agrpo.policy_loss(policy, traj, same, cfg)[0].detach())) < 1e-12
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("unmasking, position_term", [
+    ("random", "off"), ("low_confidence", "on"), ("low_confidence", "off"), ("plackett_luce", "on"),
+    ("threshold", "off")])
+def test_the_kl_term_has_the_gradient_of_the_exact_divergence(unmasking, position_term, top_k):
+    """Every trajectory, every step, views of any weight: autograd of sum p log(p / reference) over
+    the laws of what the step revealed, whatever rule chose it, by the enumeration's own law."""
+    cfg = change(completion_length=3, block_length=3, steps=3, temperature=0.7, top_k=top_k, kl=0.3,
+                 unmasking=unmasking, position_term=position_term, threshold=0.5)
+    policy, other = toy.TableDenoiser(3), toy.TableDenoiser(3, seed=5)
+    policy.reference = other
+    traj = toy.as_trajectory(policy, cfg, toy.enumerate_trajectories(policy, cfg))
+    views, want = views_of("exact", policy, traj, cfg), 0.0
+    views = views._replace(weight=normal(len(views.row), 1).abs(), adv=views.weight * 0,
+                           logp_old=traj.logp[views.row], order_logp_old=(
+                               traj.order_logp[views.row, views.step]))
+    for state, target, weight in zip(views.state, views.target, views.weight[:, 0]):
+        z, q = (model.of(tuple(state.tolist())) for model in (policy, other))
+        for j in target.nonzero().flatten().tolist():
+            p = toy.law(z[j], cfg)
+            kept = [v for v in range(3) if float(p[v].detach()) > 0]
+            norm = sum((q[j][v] / 0.7).exp() for v in kept)
+            want = want + weight * sum(
+                p[v] * (p[v] * norm / (q[j][v] / 0.7).exp()).log() for v in kept)
+    loss, _ = agrpo.policy_loss(policy, traj, views, cfg)
+    want = 0.3 * want / len(traj.tokens)
+    assert abs(float((loss - want).detach())) < 1e-12 and want > 1e-3
+    got, want = (torch.autograd.grad(x, policy.table)[0] for x in (loss, want))
+    assert (got - want).abs().max() < 1e-12 and want.norm() > 1e-3
+    assert other.table.grad is None
+    policy.reference = policy                          # nothing for the reference itself
+    assert abs(float(agrpo.policy_loss(policy, traj, views, cfg)[0].detach())) < 1e-12
+
+
+def test_what_one_of_the_laws_cannot_do_has_neither_ratio_nor_gradient():
+    never, logp = agrpo.LOG_ZERO, torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    for new, old in ((never, -1.0), (-1.0, never), (never, never), (never - 3, -0.5)):
+        new = torch.cat([logp, torch.tensor([new]).double()]).requires_grad_()
+        old = torch.cat([logp - 0.1, torch.tensor([old]).double()])
+        gain, ratio = agrpo.surrogate(new, old, torch.ones(3).double(), change(clip=0.5))
+        slope, = torch.autograd.grad(gain.sum(), new)
+        assert ratio.tolist()[2] == 1.0 and slope[2] == 0.0 and (slope[:2] > 1).all()
+        assert bool(gain.isfinite().all())
+
+
+def test_a_skipped_step_leaves_the_weights_whatever_the_inner_epochs(monkeypatch):
+    cfg = dataclasses.replace(CFG, method="exact", inner_epochs=3, lr=1e-2, warmup=0)
+    policy, tokenizer = tiny()
+    optimizer, inner, calls = agrpo.make_optimizer(policy, cfg), agrpo.accumulate, []
+    before = [p.detach().clone() for p in policy.model.parameters()]
+
+    def accumulate(*args):
+        calls.append(1)
+        loss, ratios = inner(*args)
+        return (math.nan if len(calls) == 2 else loss), ratios
+    assert step_of(cfg, policy, tokenizer, optimizer=optimizer)["skipped"] == 0
+    assert not all(map(torch.equal, before, policy.model.parameters()))
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    monkeypatch.setattr(agrpo, "accumulate", accumulate)       # the second epoch is not finite
+    assert step_of(cfg, policy, tokenizer, step=1, optimizer=optimizer)["skipped"] == 1
+    assert len(calls) == 3 and all(map(torch.equal, before, policy.model.parameters()))
 
 
 def small(tmp_path, **settings):
@@ -414,12 +455,13 @@ def test_the_reference_is_the_model_to_begin_with(tmp_path, rank):
     names = [n for n, _ in policy.named_parameters()]
     traj, adv = rolled(policy, cfg, 5, 5, 5, 5), torch.zeros(4, dtype=torch.float64)
     views = views_of("exact", policy, traj, cfg)
-    before = logp_of(policy, traj, views, cfg)
+    sees = views.prompt, views.prompt_mask, views.state, views.target
+    before, first = logp_of(policy, traj, views, cfg), policy.logits(*sees)
     assert abs(float(loss_of(policy, traj, views, adv, cfg)[0].detach())) < 1e-9
     moved(policy, 0.2)
     now = logp_of(policy, traj, views, cfg)
     prepared = agrpo.prepare(policy, traj, views, adv[:, None], cfg)
-    assert torch.equal(prepared.logp_reference[views.target], before.double())
+    assert torch.equal(policy.reference.logits(*sees), first)
     assert torch.equal(logp_of(policy, traj, views, cfg), now)     # and all is back in its place
     assert (now - before).abs().max() > 0.01
     loss, _ = agrpo.policy_loss(policy, traj, prepared, cfg)
@@ -489,11 +531,11 @@ def test_trained_on_from_an_adapter_the_reference_is_that_adapter(tmp_path):
         scored.keep_reference(policy)
         traj = rolled(policy, cfg, 5, 5, 5, 5)
         views = views_of("exact", policy, traj, cfg)
-        first = logp_of(policy, traj, views, cfg)
+        sees = views.prompt, views.prompt_mask, views.state, views.target
+        first = policy.logits(*sees)
         moved(policy, 0.2)
-        prepared = agrpo.prepare(policy, traj, views, torch.zeros(4, 1).double(), cfg)
-        assert torch.equal(prepared.logp_reference[views.target], first.double())
-        assert (logp_of(policy, traj, views, cfg) - first).abs().max() > 0.01
+        assert torch.equal(policy.reference.logits(*sees), first)
+        assert (policy.logits(*sees) - first)[:, :4].abs().max() > 0.01
 
 
 @pytest.mark.parametrize("method", ["agrpo", "exact", "diffu-grpo", "diffpo", "tracerl", "dipo"])

@@ -324,7 +324,7 @@ def test_a_block_causal_rollout_scores_again_as_it_was_recorded(tmp_path):
     views = agrpo.exact_views(traj, torch.ones(4), cfg, policy.mask_id, None)
     views = agrpo.recorded(policy, traj, views._replace(adv=torch.ones(len(views.row), 2)), cfg)
     with torch.no_grad():
-        logp, order = agrpo.step_logp(policy, traj, views, cfg)
+        logp, order, _ = agrpo.step_logp(policy, traj, views, cfg)
     assert (logp - traj.logp[views.row][views.target]).abs().max() < 1e-10
     assert (order - traj.order_logp[views.row, views.step]).abs().max() < 1e-10
     assert int(views.target.sum()) == 4 * 12 - 6

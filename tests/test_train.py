@@ -215,7 +215,7 @@ def test_steps_raise_the_likelihood_of_rewarded_completions():
 def sum_logp(policy, traj, cfg):
     with torch.no_grad():
         v = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
-        logp, _ = agrpo.step_logp(policy, traj, v, cfg)
+        logp, *_ = agrpo.step_logp(policy, traj, v, cfg)
         return torch.zeros(len(traj.tokens), dtype=logp.dtype).index_add(
             0, v.row[v.target.nonzero(as_tuple=True)[0]], logp)
 
