@@ -494,10 +494,10 @@ def batch_of_examples(examples: list, step: int, cfg: Config) -> list:
     return [examples[i] for i in order]
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up, then constant or cosine."""
-    done = min(1.0, step / cfg.decay_steps) if cfg.decay_steps else 0.0
+    """Linear warm-up, then constant, or with decay_steps a cosine that ends there."""
+    done = min(1.0, max(0, step - cfg.warmup) / max(1, cfg.decay_steps - cfg.warmup))
     warm = min(1.0, (step + 1) / max(1, cfg.warmup))
-    return cfg.lr * warm * (0.5 * (1 + math.cos(math.pi * done)))
+    return cfg.lr * warm * 0.5 * (1 + math.cos(math.pi * done * (cfg.decay_steps > 0)))
 
 def micro_batches(views: Views, cfg: Config) -> list[Tensor]:
     """Indices of the views, in parts of at most tokens_per_pass, longest prompts first."""

@@ -125,7 +125,7 @@ def train_step(policy, optimizer, examples, step: int, cfg, sample) -> dict:
 
 agrpo.OLD_LOGP["tokens"] = functools.partial(agrpo.recorded, positions=False)
 agrpo.NORMALIZERS["batch_tokens"] = (  # all tokens of the batch; Eq. 4 is a mean over N completions
-    lambda traj, cfg, row, target: ((traj.reveal_step < cfg.steps).sum() / len(traj.tokens)
-                                    ).clamp(min=1e-9).expand(len(row)))
+    lambda traj, cfg, row, target: ((traj.reveal_step < cfg.steps).sum().double()
+                                    / len(traj.tokens)).clamp(min=1e-9).expand(len(row)))
 agrpo.METHODS["dipo"] = agrpo.Method(dipo_views, {
     "position_term": "off", "normalizer": "batch_tokens", "clip_high": 0.28}, train_step)

@@ -230,6 +230,13 @@ def test_the_weight_of_a_completion_is_truncated():
         at = dataclasses.replace(cfg, importance_cap=cap)
         weight[cap] = (agrpo.prepare(policy, traj, views, adv, at).weight / views.weight)[:, 0]
     assert weight[1e9].max() > 2 and torch.equal(weight[1.5], weight[1e9].clamp(max=1.5))
+    views = views._replace(weight=2 * views.weight)            # as if half of the steps were drawn
+    for cap in (1e9, 1.5):
+        at = dataclasses.replace(cfg, importance_cap=cap)
+        weight[cap] = (agrpo.prepare(policy, traj, views, adv, at).weight / views.weight)[:, 0]
+    assert weight[1e9].min() < -1.5 and torch.equal(weight[1.5], weight[1e9].clamp(-1.5, 1.5))
+    weight[1e9] = (agrpo.prepare(policy, traj, views._replace(weight=views.weight / 2), adv, cfg
+                                 ).weight / views.weight * 2)[:, 0]
     for i in range(5):                 # one weight a completion
         own = weight[1e9][views.row == i]
         assert own.max() - own.min() < 1e-9

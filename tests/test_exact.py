@@ -127,9 +127,11 @@ def test_without_the_position_term_the_gradient_is_biased(unmasking):
     assert error > 0.3
 
 
-@pytest.mark.parametrize("unmasking", agrpo.UNMASK)
-def test_ties_go_to_the_leftmost_position_and_keep_the_law_exact(unmasking):
-    cfg, policy = change(unmasking=unmasking), toy.TableDenoiser(3)
+@pytest.mark.parametrize("unmasking, C, steps", [
+    *((rule, 3, 3) for rule in agrpo.UNMASK), ("low_confidence", 4, 2)])   # 2 winners may be equal
+def test_ties_go_to_the_leftmost_position_and_keep_the_law_exact(unmasking, C, steps):
+    cfg = change(unmasking=unmasking, completion_length=C, block_length=C, steps=steps)
+    policy = toy.TableDenoiser(C)
     with torch.no_grad():
         policy.table.copy_(policy.table.sign())                # many equal confidences
     found = toy.enumerate_trajectories(policy, cfg)
@@ -382,7 +384,7 @@ def test_after_an_update_tokens_are_clipped_one_by_one_and_the_choice_of_positio
     """Eq. 3, 4, 6 under parameters other than the rollout's, where ratios differ from 1, against
     sums written out here."""
     cfg = change(unmasking=unmasking, completion_length=4, block_length=4, steps=2,
-                 position_term=position_term)
+                 position_term=position_term, clip_high=0.7)
     policy, traj = sampled(cfg, N=24)
     old = [enumerated_logps(policy, cfg, traj, i) for i in range(24)]
     with torch.no_grad():
@@ -397,7 +399,7 @@ def test_after_an_update_tokens_are_clipped_one_by_one_and_the_choice_of_positio
         for log_ratio in terms:
             lost = log_ratio == -math.inf      # what the new law cannot do carries no ratio
             ratio = 1.0 if lost else math.exp(log_ratio)
-            gain = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+            gain = min(ratio * a, min(max(ratio, 0.8), 1.7) * a)
             want -= gain / 2 / 24      # Z = T = 2, mean over 24 rows
             clipped, gone = clipped + (abs(ratio - 1) > 0.2), gone + lost
     assert abs(float(loss.detach()) - want) < 1e-12 * max(1, abs(want)) and clipped > 10

@@ -271,6 +271,30 @@ def test_diffpo_splits_at_a_step_of_the_row_and_at_zero_is_diffu_grpo(monkeypatc
     assert torch.equal(one, other) and one.norm() > 0
 
 
+def test_diffpo_splits_at_any_call_that_a_row_took_and_no_later():
+    traj = ragged(tiny_blocks(), cfg := dataclasses.replace(BLOCKS, **BY_THRESHOLD))
+    assert len(traj.nfe.unique()) > 1
+    drawn = [set() for _ in traj.nfe]
+    for i in range(300):
+        views = views_of("diffpo", tiny_blocks(), traj, cfg, seed=i)
+        for row, step in zip(views.row.tolist(), views.step.tolist()):
+            drawn[row].add(step)
+    # a step is missed with probability (1 - 1/20)^300 = 2e-7 at most
+    assert drawn == [set(range(n)) for n in traj.nfe.tolist()]
+
+
+def test_what_no_step_revealed_is_not_counted_and_the_batchs_tokens_are_exact():
+    """Prompts that end inside a block: the last, partial block is EOS from the start."""
+    traj = ragged(tiny_blocks())
+    traj.tokens.masked_fill_((traj.tokens == traj.eos_id) & (traj.reveal_step < 10), 7)
+    filled = traj.reveal_step == BLOCKS.steps
+    assert filled.any() and not (diffu_grpo.counted(traj) & filled).any()
+    assert torch.equal(diffu_grpo.counted(traj), ~filled)
+    row = torch.zeros(1, dtype=torch.long)
+    Z, = agrpo.NORMALIZERS["batch_tokens"](traj, BLOCKS, row, None).tolist()
+    assert Z == int((~filled).sum()) / 6 and Z != round(Z, 6)  # not one that float32 holds
+
+
 class JointDenoiser(toy.TableDenoiser):
     """The true conditionals of a joint distribution over V^C: what a perfect model predicts in each
     state."""

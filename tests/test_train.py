@@ -155,8 +155,10 @@ def test_the_learning_rate_warms_up_and_decays():
     assert [
         agrpo.learning_rate(s, dataclasses.replace(cfg, decay_steps=0)) for s in (0, 1, 3, 50)
     ] == [0.25, 0.5, 1.0, 1.0]
-    assert agrpo.learning_rate(50, cfg) == pytest.approx(0.5) and agrpo.learning_rate(
-        100, cfg) == pytest.approx(0.0)
+    at = [agrpo.learning_rate(step, cfg) for step in (1, 4, 52, 76, 100, 101)]
+    assert at == pytest.approx([0.5, 1.0, 0.5, 0.5 - 0.5**1.5, 0.0, 0.0])
+    whole = dataclasses.replace(cfg, warmup=10, decay_steps=10)    # warm-up is all there is
+    assert agrpo.learning_rate(9, whole) == 1.0 and agrpo.learning_rate(11, whole) == 0.0
 
 
 def test_every_step_draws_anew(varied_reward):
