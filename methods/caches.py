@@ -8,7 +8,9 @@
 The last two are approximate: elsewhere keys and values are those of a state some steps old. So the
 completions are those of another law, and count their probability / probability times:
     (10) W = w_t prod_{s drawn, s != t} [ 1 + (w_s - 1) / p_s ], cut to +-C,
-w_s = pi(step s) / pi_cache(step s); uncut, its expectation is prod_s w_s.
+w_s = pi(step s) / pi_cache(step s); uncut, its expectation is prod_s w_s. That is an importance
+weight where the choice of positions counts (position term) or is uniform; with tokens only, the
+default, it is none. Nothing repairs what the cache's truncated law never samples.
 """
 import dataclasses
 import functools
@@ -22,7 +24,7 @@ from methods.scored import score
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Of rollouts with a cache."""
-    cache: str = "none"                # prefix, dual: approximate; block: block-causal models
+    cache: str = "none"                # prefix, dual: what top-k cuts off is lost; block: exact
     importance_cap: float = 2.0        # C of Eq. 10; 0: completions count once
     importance_level: str = "completion"   # what is weighted; step: each by itself, biased
 

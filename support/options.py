@@ -33,7 +33,7 @@ class Run:
     data: str = ""                     # a file of examples instead of generated or published ones
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
     max_steps: int = 100               # optimizer steps = rollouts
-    preset: str = ""                   # official: the published estimator; 24gb, 80gb: for GPUs
+    preset: str = ""                   # official: as published (its limits: README); 24gb, 80gb
     sft: str = ""                      # fine-tuning instead of RL: gold, or a file of answers
     device: str = "auto"               # auto: cuda if there is one
     name: str = ""                     # of the folder runs/NAME; default: TASK-METHOD-seedSEED

@@ -1,0 +1,442 @@
+"""Does everything work on a GPU, and how fast is it? The most important parts first.
+
+    python tests/measure/gpu.py [--minutes 8] [--out FOLDER]      about 8 minutes, 80 GB
+    python tests/measure/gpu.py --device cpu --small              the same lines on the CPU
+
+    same      rollouts on the GPU are the CPU's; log-probs scored again are those recorded
+    caches    caches, packed pass, FlexAttention and left padding against the plain forward
+    steps     the gradient of one step of every method against the CPU's
+    runs      python agrpo.py, whole and resumed
+    large     one RL step at the shapes of LLaDA-8B, SDAR-1.7B and Qwen3-0.6B with random weights
+    compile   the first of these under torch.compile
+
+Each part is caught and reported apart. Figures are printed as they come, and stand in gpu.json and
+gpu.csv of the folder ($OUT, or this one) after each. The last lines are a table. Exit code 1: a
+check failed. It needs neither tyro nor math-verify.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure")]
+import agrpo  # noqa: E402
+import bench  # noqa: E402
+import eval as evaluation  # noqa: E402
+from methods import caches, dipo, scored  # noqa: E402
+from methods.models import Settings, generate, settle  # noqa: E402
+from support import checkpoints, cost, data, tiny  # noqa: E402
+
+class Report:
+    """Figures and checks, on the screen and in two files."""
+    def __init__(self, folder: Path, about: dict):
+        self.folder, self.about, self.rows, self.part = folder, about, [], ""
+
+    def figure(self, what: str, value, unit="", least=None, most=None):
+        """A number; with a limit it is a check."""
+        value = float(value)
+        good = (least is None or value >= least) and (most is None or value <= most)
+        verdict = "" if least is most is None else "pass" if good else "FAIL"
+        limit = "" if not verdict else f">= {least:g}" if most is None else f"<= {most:g}"
+        self.add(what, f"{value:.4g}", unit, limit, verdict)
+
+    def add(self, what, value, unit="", limit="", verdict=""):
+        self.rows.append({"part": self.part, "what": what, "value": value, "unit": unit,
+                          "limit": limit, "verdict": verdict})
+        print(f"{self.part:8} {what:58} {value:>10} {unit:8} {limit:9} {verdict}", flush=True)
+        text = json.dumps({**self.about, "figures": self.rows}, indent=1)
+        (self.folder / "gpu.json").write_text(text + "\n")
+        with open(self.folder / "gpu.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+@contextlib.contextmanager
+def arithmetic(kind: str):
+    """Within `with`, policies compute in float32 or bfloat16, on whatever device."""
+    autocast = torch.autocast
+    with mock.patch.object(torch, "autocast", lambda device, dtype, enabled: autocast(
+            device, dtype, enabled=kind == "bfloat16")):
+        yield
+
+def settings(**given):
+    """As the command line settles them, at the sizes of these checks."""
+    return dataclasses.replace(settle({"task": "countdown", "device": "cpu", **given}), **{
+        "completion_length": 32, "block_length": 8, "steps": 16, "prompts": 4, "completions": 4,
+        "warmup": 0, "gradient_checkpointing": "off", **given})
+
+def pair(device: str, block=0, width=64):
+    """-> tokenizer, the same random policy on the CPU and on the device, as dicts by device."""
+    tokenizer = tiny.tiny_tokenizer()
+    net = tiny.tiny_model(tokenizer, Settings(base_hidden=width), block)
+    known = tokenizer.mask_token_id, tokenizer.eos_token_id
+    make = (lambda net: dipo.BlockPolicy(net, *known, block=block)) if block else (
+        lambda net: agrpo.Policy(net, *known))
+    return tokenizer, make(copy.deepcopy(net)), make(net.to(device))
+
+def examples(n=16):
+    """Prompts of different lengths."""
+    return data.load_examples("countdown", n, 0, "train")
+
+def keys(n):
+    return [("gpu", i) for i in range(n)]
+
+def ratios(policy, traj, cfg):
+    """Of all tokens, and of all choices of positions, at the first update."""
+    adv = torch.ones(len(traj.tokens), 1, dtype=torch.float64, device=traj.tokens.device)
+    views = agrpo.exact_views(traj, adv[:, 0], cfg, policy.mask_id, None)
+    views = agrpo.prepare(policy, traj, views, adv, cfg)
+    with torch.no_grad():
+        ratio = agrpo.policy_loss(policy, traj, views, cfg)[1].float().cpu()
+    return ratio.split([int(views.target.sum()), len(ratio) - int(views.target.sum())])
+
+# ------------------------------------------------------------------------------------ the checks
+def same(report, device, small):
+    """Rollouts on the device against the CPU's."""
+    tokenizer, cpu, gpu = pair(device)
+    law = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    for name, given in {"low confidence": {}, "truncated": law, "random order": {
+            "unmasking": "random"}, "threshold": {"unmasking": "threshold"}}.items():
+        cfg = settings(**given)
+        with arithmetic("float32"):
+            a, b = (generate(policy, tokenizer, examples(), keys(16), cfg)[0]
+                    for policy in (cpu, gpu))
+            equal = (a.tokens == b.tokens.cpu()) & (a.reveal_step == b.reveal_step.cpu())
+            report.figure(f"{name}: tokens revealed as on the CPU", equal.double().mean(), least=1)
+            report.figure(f"{name}: log-probs, largest difference",
+                          (a.logp - b.logp.cpu())[equal].abs().max(), "nats", most=1e-4)
+            tokens, choices = ratios(gpu, b, cfg)
+            report.figure(f"{name}: ratio of tokens - 1", (tokens - 1).abs().max(), most=1e-4)
+            if len(choices):
+                report.figure(f"{name}: ratio of choices - 1", (choices - 1).abs().max(), most=1e-4)
+    with arithmetic("bfloat16"):
+        cfg = settings()
+        traj = generate(gpu, tokenizer, examples(), keys(16), cfg)[0]
+        for name, ratio in zip(("tokens", "choices"), ratios(gpu, traj, cfg)):
+            for q in (0.01, 0.99):
+                report.figure(f"bfloat16: ratio of {name}, quantile {q}", ratio.quantile(q))
+            outside = ((ratio - 1).abs() > cfg.clip).double().mean()
+            report.figure(f"bfloat16: {name} clipped at the first update", outside, most=0.05)
+
+def close(report, what, a, b, most=1e-4):
+    report.figure(what, (a.cpu().double() - b.cpu().double()).abs().max(), "nats", most=most)
+
+def cached_or_not(report, device, small):
+    """Caches, the packed pass, FlexAttention, padding."""
+    tokenizer, cpu, gpu = pair(device)
+    _, _, blocks = pair(device, block=8)
+    with arithmetic("float32"):
+        plain, cached = (generate(blocks, tokenizer, examples(), keys(16), settings(cache=kind))[0]
+                         for kind in ("none", "block"))
+        equal = (plain.tokens == cached.tokens).double().mean()
+        report.figure("block cache: tokens of the plain rollout", equal, least=1)
+        close(report, "block cache: log-probs", plain.logp, cached.logp)
+        for kind in ("dual", "prefix"):
+            cfg = settings(cache=kind)
+            a, b = (generate(policy, tokenizer, examples(), keys(16), cfg)[0]
+                    for policy in (cpu, gpu))
+            report.figure(f"{kind} cache: tokens as on the CPU",
+                          (a.tokens == b.tokens.cpu()).double().mean(), least=1)
+            close(report, f"{kind} cache: log-probs, against the CPU", a.logp, b.logp)
+            cfg = dataclasses.replace(cfg, steps=4)            # all is computed at each block
+            a, b = (generate(gpu, tokenizer, examples(), keys(16), dataclasses.replace(
+                cfg, cache=word))[0] for word in ("none", kind))
+            close(report, f"{kind} cache, a step a block: the plain log-probs", a.logp, b.logp)
+        cfg, adv = settings(method="dipo"), plain.logp[:, 0]
+        views = dipo.dipo_views(plain, adv, cfg, blocks.mask_id, None)
+        def packed():
+            logp = scored.score(blocks, plain, views._replace(old="tokens"), cfg)[0]
+            return torch.zeros_like(plain.logp).index_add(0, views.row, logp)
+        dense = packed()
+        seen = plain.reveal_step < cfg.steps
+        close(report, "packed pass: log-probs of the rollout", plain.logp[seen], dense[seen])
+        eager = torch.compiler.set_stance("force_eager" if device == "cpu" else "default")
+        blocks.flex = True
+        with eager:
+            close(report, "FlexAttention: log-probs of the packed pass", dense, packed(), 1e-3)
+        ids, mask = checkpoints.encode_prompts(tokenizer, [("1 " * n, "") for n in range(1, 9)])
+        state = torch.full((8, 16), gpu.mask_id, device=device)
+        where, ids, mask = torch.ones_like(state).bool(), ids.to(device), mask.to(device)
+        with torch.no_grad():
+            together = gpu.logits(ids, mask, state, where).view(8, 16, -1).log_softmax(-1)
+            alone = [gpu.logits(ids[i:i + 1, -n:], mask[i:i + 1, -n:], state[:1], where[:1])
+                     for i, n in enumerate(mask.sum(1).tolist())]
+        alone = torch.stack(alone).log_softmax(-1)
+        inside = alone.isfinite()
+        close(report, "left-padded rows: log-probs alone", together[inside], alone[inside])
+
+STEPS = {"agrpo": {}, "official": {"preset": "official"}, "exact": {"method": "exact"},
+         "KL": {"kl": 0.04, "inner_epochs": 2}, "diffu-grpo": {"method": "diffu-grpo"},
+         "diffpo": {"method": "diffpo"}, "dipo": {"method": "dipo", "model": "tiny-block"},
+         "controller": {"method": "diffpo", "controller": "threshold"},
+         "value model": {"method": "tracerl", "value_model": "on"}, "dual": {"cache": "dual"}}
+
+class Kept(torch.optim.SGD):
+    """Keeps the gradients, and changes nothing."""
+    def step(self):
+        self.kept = torch.cat([p.grad.detach().cpu().flatten() for group in self.param_groups
+                               for p in group["params"] if p.grad is not None])
+
+def thirds(tokenizer):
+    """A sampler whose reward is the share of token ids that 3 divides."""
+    def sample(policy, batch, keys, cfg):
+        traj, _ = generate(policy, tokenizer, batch, keys, cfg)
+        reward = (traj.tokens.cpu() % 3 == 0).double().mean(1)
+        return traj, {"thirds": reward}, reward > 0.4
+    return sample
+
+def steps(report, device, small):
+    """The gradient of one train_step of every method."""
+    for name, given in STEPS.items():
+        cfg, gradient = settings(**given), []
+        tokenizer, *policies = pair(device, block=8 if given.get("model") else 0)
+        method = evaluation.method_of(cfg, tokenizer)
+        with arithmetic("float32"):
+            for policy in policies:
+                torch.manual_seed(0)
+                if cfg.controller != "off":
+                    at = next(policy.parameters()).device
+                    policy.controller = torch.nn.Linear(64, 1).to(at)
+                if cfg.kl:
+                    scored.keep_reference(policy)
+                optimizer = Kept([{"params": list(policy.model.parameters()), "scale": 1.0}], 1.0)
+                method.begin(policy, optimizer, cfg)
+                one = method.train_step or agrpo.train_step
+                row = one(policy, optimizer, examples(), 0, cfg, thirds(tokenizer))
+                gradient.append(optimizer.kept)
+        away = (gradient[0] - gradient[1]).norm() / gradient[0].norm()
+        report.figure(f"{name}: gradient against the CPU's, relative", away, most=1e-3)
+        report.figure(f"{name}: skipped", row["skipped"], most=0)
+
+def runs(report, device, small):
+    """python agrpo.py in a folder of its own: six steps at once, and three and three; then more."""
+    sizes = {"max_steps": 6, "eval_examples": 16, "prompts": 4, "device": device, "base_steps": 20}
+    long = sizes if small else {"max_steps": 60, "device": device}
+    def run(name, resume=False, **given):
+        cfg = settle({"task": "sudoku", "name": name, **given})
+        code = evaluation.run_training(cfg, agrpo.train, resume, False, False)
+        log = list(csv.DictReader(open(Path("runs") / name / "log.csv")))
+        return code, log, json.loads((Path("runs") / name / "summary.json").read_text())
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), \
+            mock.patch.dict(os.environ, {"AGRPO_CACHE": f"{folder}/cache"}):
+        whole = run("whole", **sizes)[1]
+        run("parts", **{**sizes, "max_steps": 3})
+        parts = run("parts", True, **sizes)[1]
+        far = max(abs(float(a[k]) - float(b[k])) for a, b in zip(whole, parts, strict=True)
+                  for k in ("reward", "ratio", "grad_norm"))
+        report.figure("resumed: log against the run without a stop", far, most=1e-6)
+        code, log, summary = run("long", **long)
+        report.figure("default run: exit code", code, most=0)
+        seconds = [sum(float(row[k]) for row in log) for k in ("rollout_seconds", "update_seconds")]
+        report.figure(f"default run: rollouts of {len(log)} steps", seconds[0], "s")
+        report.figure(f"default run: updates of {len(log)} steps", seconds[1], "s")
+        for word in ("base", "trained"):
+            report.figure(f"default run: solved, {word}", 100 * summary[word]["solved"], "%")
+
+# ------------------------------------------------------------------------------------ large models
+SHAPES = {                             # vocabulary, width, inner, layers, heads, of keys, tied
+    "LLaDA-8B": (126464, 4096, 12288, 32, 32, 32, False),
+    "SDAR-1.7B": (151936, 2048, 6144, 28, 16, 8, True),
+    "Qwen3-0.6B": (151936, 1024, 3072, 28, 16, 8, True)}
+LARGE = (                              # shape, block of its attention, what the command line gets
+    ("LLaDA-8B", 0, {"preset": "24gb"}),
+    ("LLaDA-8B", 0, {"preset": "24gb", "cache": "dual"}),
+    ("SDAR-1.7B", 4, {"preset": "80gb", "cache": "block"}),
+    ("Qwen3-0.6B", 4, {"preset": "80gb", "cache": "block"}),
+    ("LLaDA-8B", 0, {"preset": "80gb"}),
+    ("LLaDA-8B", 0, {"preset": "official"}))
+MASK, EOS, PROMPT = 5, 6, 200
+
+def stock_config(name: str, small: bool):
+    """The stock configuration of a shape."""
+    V, hidden, inner, layers, heads, kv_heads, tied = SHAPES[name]
+    if small:
+        V, hidden, inner, layers, heads, kv_heads = 512, 64, 128, 2, 4, 4
+    kind, own = (transformers.Qwen3Config, {"head_dim": 16 if small else 128}) \
+        if "Qwen" in name or "SDAR" in name else (transformers.LlamaConfig, {})
+    return kind(vocab_size=V, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+                max_position_embeddings=4096, pad_token_id=None, use_cache=False, is_causal=False,
+                **own)
+
+def large_policy(config, block: int, cfg, device: str):
+    """Random bfloat16 weights made on the device, with adapters."""
+    kind = transformers.AutoModelForCausalLM.from_config
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = kind(config, dtype=torch.bfloat16)
+    if device != "cpu" and not config.tie_word_embeddings:
+        net.get_output_embeddings().float()                    # as a checkpoint is loaded
+    net = checkpoints.add_adapter(net, cfg.lora_rank, cfg.lora_alpha, 0).to(device)
+    if cfg.gradient_checkpointing == "on":
+        checkpoints.computed_again(net)
+    policy = dipo.BlockPolicy(net, MASK, EOS, block=block) if block else \
+        agrpo.Policy(net, MASK, EOS)
+    policy.flex = device != "cpu"
+    return policy
+
+def one_group(config, block, given, small):
+    """Settings of a step whose rollout is one batch: the prompts that fill it."""
+    cfg = settle({"task": "gsm8k", "model": "random/weights", "device": "cpu", **given})
+    cfg = dataclasses.replace(cfg, gradient_checkpointing="off" if given["preset"] == "80gb" else
+                              "on", prompts=max(1, cfg.rollout_batch // cfg.completions))
+    if block:
+        cfg = dataclasses.replace(cfg, block_length=block, steps=cfg.completion_length)
+    if cfg.prompts > 1:                # as large, but shorter
+        cfg = dataclasses.replace(cfg, steps=cfg.completion_length // cfg.block_length, mc_steps=3)
+    if small:
+        cfg = dataclasses.replace(cfg, prompts=1, completions=2, completion_length=24, steps=6,
+                                  block_length=block or 12, mc_steps=2, lora_rank=4, top_k=50)
+    return cfg
+
+def rolled(roll):
+    """A sampler of random prompts and rewards."""
+    def sample(policy, batch, keys, cfg):
+        g, device = torch.Generator().manual_seed(0), next(policy.parameters()).device
+        V, N = policy.model.config.vocab_size, len(batch)
+        prompt = torch.randint(7, V, (N, PROMPT), generator=g).to(device)
+        traj = roll(policy, prompt, torch.ones_like(prompt), cfg, keys)
+        reward = torch.rand(N, generator=g, dtype=torch.float64)
+        return traj, {"random": reward}, reward > 0.5
+    return sample
+
+def one_step(report, name, policy, config, cfg, device):
+    """A whole RL step: seconds, tokens a second, memory against the forecast, utilisation."""
+    roll = agrpo.rollout if cfg.cache == "none" else caches.cached_rollout
+    method, optimizer = evaluation.method_of(cfg, None), agrpo.make_optimizer(policy, cfg)
+    before = bench.memory(device, reset=True)
+    row = (method.train_step or agrpo.train_step)(policy, optimizer, [{}] * cfg.prompts, 0, cfg,
+                                                  rolled(roll))
+    forecast, rate = cost.estimate(config, cfg, PROMPT, device != "cpu"), cost.matmul_rate(device)
+    tokens = cfg.prompts * cfg.completions * cfg.completion_length
+    report.figure(f"{name}: skipped", row["skipped"], most=0)
+    report.figure(f"{name}: mean ratio", row["ratio"])
+    report.figure(f"{name}: clipped at the first update", row["clip_fraction"])
+    report.figure(f"{name}: rollout", row["rollout_seconds"], "s")
+    report.figure(f"{name}: rollout", tokens / row["rollout_seconds"], "tokens/s")
+    report.figure(f"{name}: update of {row['passes']} states", row["update_seconds"], "s")
+    for part in ("rollout", "update"):
+        used = forecast[f"{part}_flops"] / row[f"{part}_seconds"] / rate
+        report.figure(f"{name}: {part}, share of the matmul rate", 100 * used, "%")
+    peak = (bench.memory(device) - (0 if device == "cuda" else before)) / 1e3
+    report.figure(f"{name}: peak memory", peak, "GB")
+    report.figure(f"{name}: peak memory, forecast", forecast["total"], "GB")
+
+def free(device):
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+def large(report, device, small):
+    """One RL step of every shape and preset; the plain recipe's first steps beside the first."""
+    report.figure("matmul rate", cost.matmul_rate(device) / 1e12, "TFLOP/s")
+    for i, (shape, block, given) in enumerate(LARGE):
+        cfg, config = one_group(shape, block, given, small), stock_config(shape, small)
+        name = f"{shape} {' '.join(given.values())}"
+        try:
+            policy = large_policy(config, block, cfg, device)
+            one_step(report, name, policy, config, cfg, device)
+            if i == 0:
+                plain(report, name, policy, cfg, device)
+        except Exception as error:
+            report.add(f"{name}: {first_line(error)}", "", verdict="FAIL")
+            traceback.print_exc()
+        policy = None
+        free(device)
+        report.check_time()
+
+def plain(report, name, policy, cfg, device):
+    """Seconds that the recipe as it is often written takes: its first steps, times their number."""
+    N, calls = cfg.prompts * cfg.completions, 2
+    prompt = torch.randint(7, policy.model.config.vocab_size, (N, PROMPT), device=device)
+    clock = time.perf_counter()
+    bench.plain_rollout(policy, prompt, cfg, calls)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - clock) * cfg.steps / calls
+    report.figure(f"{name}: rollout, plain recipe", seconds, "s")
+
+def compiled(report, device, small):
+    """The first large shape under torch.compile: the second step of two."""
+    shape, block, given = LARGE[0]
+    cfg, config = one_group(shape, block, given, small), stock_config(shape, small)
+    policy = large_policy(config, block, cfg, device)
+    decoder = policy.model.get_decoder()
+    decoder.forward = torch.compile(decoder.forward, dynamic=True,
+                                    backend="eager" if small else "inductor")
+    clock = time.perf_counter()
+    short = dataclasses.replace(cfg, steps=cfg.completion_length // cfg.block_length, mc_steps=1)
+    step = [policy, agrpo.make_optimizer(policy, cfg), [{}] * cfg.prompts, 0]
+    agrpo.train_step(*step, short, rolled(agrpo.rollout))
+    report.figure("compiled: a first, short step", time.perf_counter() - clock, "s")
+    one_step(report, "compiled", policy, config, cfg, device)
+
+def first_line(error) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]
+
+class OutOfTime(Exception):
+    """The minutes are over."""
+
+PARTS = {"same": same, "caches": cached_or_not, "steps": steps, "runs": runs, "large": large,
+         "compile": compiled}
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="no part begins after these")
+    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="folder of the results")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="small shapes")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    flags = parser.parse_args()
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        print("gpu: there is no CUDA device here; --device cpu --small runs the same lines",
+              file=sys.stderr)
+        return 2
+    where = torch.cuda.get_device_name() if flags.device == "cuda" else "CPU"
+    about = {"device": where, "torch": torch.__version__, "transformers": transformers.__version__,
+             "command": " ".join(["python", "tests/measure/gpu.py", *sys.argv[1:]])}
+    folder, clock = Path(flags.out), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report(folder.resolve(), about)
+
+    def check_time():
+        if time.monotonic() - clock > 60 * flags.minutes:
+            raise OutOfTime
+    report.check_time = check_time
+    print(json.dumps(about))
+    for name in flags.parts:
+        report.part = name
+        try:
+            check_time()
+            PARTS[name](report, flags.device, flags.small)
+        except OutOfTime:
+            report.add("the minutes were over", "")
+        except Exception as error:
+            report.add(first_line(error), "", verdict="FAIL")
+            traceback.print_exc()
+        free(flags.device)
+    failed = [row for row in report.rows if row["verdict"] == "FAIL"]
+    print(f"\n{where}, torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"{time.monotonic() - clock:.0f} s")
+    for name in flags.parts:
+        words = [row["verdict"] for row in report.rows if row["part"] == name]
+        print(f"{name:8} {words.count('pass'):3} passed {words.count('FAIL'):3} failed")
+    for row in failed:
+        print(f"FAIL {row['part']}: {row['what']} {row['value']} {row['limit']}")
+    return bool(failed)
+
+if __name__ == "__main__":
+    sys.exit(main())
