@@ -113,13 +113,13 @@ class CachedPolicy:
         parts = [compute(every[:S].expand(len(whole), -1), whole), compute(columns[part], part)]
         return torch.cat(parts)[torch.cat([whole, part]).argsort()]
 
-def cached_rollout(policy, prompt, prompt_mask, cfg, keys, rule=None):
+def cached_rollout(policy, prompt, prompt_mask, cfg, keys):
     """agrpo.rollout with --cache. After an approximate one the views of its states are "cached",
     and the update finds the support of the law itself: a cache's is not the model's."""
     number = torch.arange(len(prompt), device=prompt.device)[:, None]
     cached = CachedPolicy(policy, cfg.cache, len(prompt), cfg.block_length)
     traj = agrpo.rollout(cached, torch.cat([number, prompt], 1),
-                         torch.cat([torch.zeros_like(number), prompt_mask], 1), cfg, keys, rule)
+                         torch.cat([torch.zeros_like(number), prompt_mask], 1), cfg, keys)
     traj.prompt, traj.prompt_mask = prompt, prompt_mask
     if cfg.cache != "block":
         traj.old, traj.support = "cached", None

@@ -118,8 +118,8 @@ def controlled_rollout(policy, prompt, prompt_mask, cfg, keys) -> ControlledTraj
             nearer = edge < edges[rows, side] if side else edge > edges[rows, side]
             edges[rows[nearer], side], edge_steps[rows[nearer], side] = edge[nearer], t
         return many
-    rule = agrpo.Unmask(agrpo.UNMASK[name].score, None, count)
-    traj = agrpo.rollout(policy, prompt, prompt_mask, cfg, keys, rule)
+    by = dataclasses.replace(cfg, unmasking=name)
+    traj = agrpo.rollout(policy, prompt, prompt_mask, by, keys, count=count)
     return ControlledTrajectory(**vars(traj), ease=ease, ease_mean=mean, edges=edges,
                                 edge_steps=edge_steps)
 
