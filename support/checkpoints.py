@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from rewards import BadInput
-from support.runs import first_line, read_json, write_json
+from support.runs import read_json, refusing, write_json
 
 class Family(NamedTuple):
     """How the checkpoints of one model_type become a stock class of transformers."""
@@ -97,12 +97,9 @@ def find_folder(model: str, weights: bool = True) -> Path:
     if Path(model).is_dir():
         return in_run(Path(model))
     import huggingface_hub
-    try:
-        files = SMALL_FILES + ["*.safetensors"] * weights
+    files = SMALL_FILES + ["*.safetensors"] * weights
+    with refusing(f"--model {model}: neither a directory here nor found on the hub"):
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=files))
-    except Exception as error:         # no such repository, no network, no room on the disk
-        raise BadInput(f"--model {model}: neither a directory here nor found on the hub: "
-                       f"{first_line(error)}") from None
 
 def base_of(folder: Path) -> str:
     """The checkpoint that an adapter directory belongs to. Raises BadInput."""
@@ -145,12 +142,10 @@ def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
     if mask_id is not None and (type(mask_id) is not int or not 0 <= mask_id < V):
         raise BadInput(f"{where}: mask_token_id {mask_id!r} in a vocabulary of {V}")
     rope = {"rope_type": "default", "rope_theta": float(fields.pop("rope_theta"))}
-    try:                               # a pad_token_id would take the gradient of its row away
+    with refusing(where):              # a pad_token_id would take the gradient of its row away
         config = getattr(transformers, family.stock + "Config")(
             **fields, rope_parameters=rope, pad_token_id=None, bos_token_id=None,
             eos_token_id=None, use_cache=False)
-    except Exception as error:         # its own checks
-        raise BadInput(f"{where}: {first_line(error)}") from None
     config.is_causal, config.mask_token_id = False, mask_id
     if family.blocks or kind == "llama":
         block = block or known.get("block_size", 0 if kind == "llama" else None)
@@ -162,17 +157,14 @@ def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
 def load_tokenizer(folder: Path):
     """By its own files alone: published classes need remote code. Raises BadInput."""
     import transformers
-    try:
-        kind = transformers.PreTrainedTokenizerFast
+    kind = transformers.PreTrainedTokenizerFast
+    with refusing(f"--model {folder}: its tokenizer cannot be read"):
         if not (folder / "tokenizer.json").is_file():
             kind = transformers.Qwen2Tokenizer                 # Dream's
             if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
                 raise FileNotFoundError("there is neither tokenizer.json nor vocab.json with "
                                         "merges.txt")
         return kind.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:         # whatever the libraries raise on a bad file
-        raise BadInput(f"--model {folder}: its tokenizer cannot be read: "
-                       f"{first_line(error)}") from None
 
 def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple:
     """(user message, what the completion is made to begin with), through the tokenizer's chat
@@ -203,12 +195,10 @@ def open_checkpoint(model: str, block: int = 0, weights: bool = False):
     tokenizer = load_tokenizer(adapter or folder)
     mask_id = tokenizer.mask_token_id if about.mask_id is None else about.mask_id
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masked, whatever it is
-    try:
+    with refusing(f"--model {model}"):                         # a broken template
         if encode_prompts(tokenizer, [("1", "")])[0].numel() == 0:
             raise ValueError("its chat template makes nothing of a message")
         end_of_turn(tokenizer)
-    except Exception as error:         # a broken template
-        raise BadInput(f"--model {model}: {first_line(error)}") from None
     for token, name in ((mask_id, "mask"), (tokenizer.eos_token_id, "end-of-sequence")):
         if token is None or token >= about.config.vocab_size:
             raise BadInput(f"--model {model}: neither its config.json nor its tokenizer gives a "
@@ -227,7 +217,7 @@ def load_model(about: Checkpoint, dtype, quantize: str = "", device: str = "cpu"
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16)
     stock = getattr(transformers, about.family.stock + "ForCausalLM")
-    try:
+    with refusing(f"--model {about.folder}"):
         model, info = stock.from_pretrained(
             about.folder, config=about.config, key_mapping=about.family.keys or None, dtype=dtype,
             attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
@@ -235,10 +225,6 @@ def load_model(about: Checkpoint, dtype, quantize: str = "", device: str = "cpu"
         if about.config.tie_word_embeddings and not head_is_tied(about):
             raise ValueError("its output weights are not its embeddings, yet config.json says that "
                              "they are tied")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise BadInput(f"--model {about.folder}: {first_line(error)}") from None
     problems = {k: sorted(map(str, info[k]))[:3]
                 for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
     if problems:
@@ -308,7 +294,7 @@ def load_adapter(model, folder: Path, trainable: bool):
     import peft
     from safetensors import safe_open
     path = folder / "adapter_model.safetensors"
-    try:
+    with refusing(f"--model {folder}: adapter"):
         if not path.is_file():
             raise FileNotFoundError("there is no adapter_model.safetensors")
         with warnings.catch_warnings():
@@ -320,10 +306,6 @@ def load_adapter(model, folder: Path, trainable: bool):
         if left:
             raise ValueError(f"weights do not fit: {sorted(left)[:3]}")
         return model
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise BadInput(f"--model {folder}: adapter: {first_line(error)}") from None
 
 def adapter_shape(folder: Path) -> dict:
     """lora_rank and lora_alpha of an adapter directory. Raises BadInput."""
@@ -388,13 +370,11 @@ def read_extra(folder: Path, name: str, shapes: dict) -> dict | None:
     path = folder / f"{name}.safetensors"
     if not path.exists():
         return None
-    try:
+    with refusing(path):
         saved = load_file(path)
         if {k: tuple(v.shape) for k, v in saved.items()} != shapes:
             raise ValueError("not of this model")
         return saved
-    except Exception as error:
-        raise BadInput(f"{path}: {first_line(error)}") from None
 
 def fingerprint(model) -> str:
     """Changes when the weights do: a hash of the first numbers of every parameter."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards import TASKS, BadInput, grade
-from support.runs import percent, table, write_atomically
+from support.runs import percent, refusing, table, write_atomically
 
 HEADER = '{"settings": '               # how the first line of our files begins
 
@@ -32,13 +32,11 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
     (never overwritten), or cannot be written."""
     if path.suffix != ".jsonl":
         raise BadInput(f"--out {path}: must be a .jsonl file")
-    try:
+    with refusing(f"--out {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as f:
             if f.tell() == 0:
                 return []
-    except OSError as error:
-        raise BadInput(f"--out {path}: {error}") from None
     known, rows = read_completions(path)
     if not known:
         raise BadInput(f"--out {path}: there is such a file, and this program did not make it")

@@ -5,10 +5,10 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -36,12 +36,21 @@ def first_line(error: Exception) -> str:
     lines = lines or [type(error).__name__]
     return " ".join(lines[:2 if lines[0].endswith(":") else 1])
 
+@contextlib.contextmanager
+def refusing(what: str):
+    """Within `with`, an error of a library, whatever its kind, is BadInput: what, and why in one
+    line."""
+    try:
+        yield
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BadInput(f"{what}: {first_line(error)}") from None
+
 def read_json(path: Path, kind: type = dict):
     """The object in a JSON file. Raises BadInput if there is none of this kind."""
-    try:
+    with refusing(f"cannot read {path}"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
     if not isinstance(value, kind) or not value:
         what = "object" if kind is dict else "list"
         raise BadInput(f"cannot read {path}: not a JSON {what} with something in it")
@@ -81,16 +90,13 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
     if other := [k for k, v in settings.items() if k not in may_change and saved.get(k, v) != v]:
         was, now = (", ".join(f"{k}={of.get(k)!r}" for k in other) for of in (saved, settings))
         raise BadInput(f"{folder} was run with {was}, not {now}")
-    done = steps_done(folder / "checkpoint.pt")
+    done = 0
+    with contextlib.suppress(Exception):                       # none yet, or told when it is loaded
+        done = int(torch.load(folder / "checkpoint.pt", mmap=True, map_location="cpu",
+                              weights_only=True)["step"])
     if done > settings["max_steps"]:
         raise BadInput(f"--max-steps {settings['max_steps']}: {folder} has done {done} already, "
                        "--name NAME starts another run")
-
-def steps_done(checkpoint: Path) -> int:
-    """Of a run, by its checkpoint; 0 without one, or where it cannot be read."""
-    with contextlib.suppress(Exception):                       # torch raises many kinds
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"])
-    return 0
 
 def begin(folder: Path, settings: dict, overwrite: bool):
     """The run's folder with its settings, empty if it is to be overwritten. Raises BadInput."""
@@ -106,49 +112,20 @@ def begin(folder: Path, settings: dict, overwrite: bool):
 def trained_weights(model) -> dict:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-def copied(value):
-    """A copy in main memory of the tensors in nested dicts and lists."""
-    if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [copied(v) for v in value]
-    return value.detach().to("cpu", copy=True) if hasattr(value, "detach") else value
-
-class Writer:
-    """Writes files while training goes on, one after the other; within `with`, at whose end all
-    are written."""
-    def __enter__(self):
-        self.pool, self.last = ThreadPoolExecutor(1), None
-        return self
-
-    def submit(self, work):
-        """Raises what went wrong with the file before."""
-        last, self.last = self.last, None
-        if last:
-            last.result()
-        self.last = self.pool.submit(work) if work else None
-
-    def __exit__(self, kind, error, trace):
-        try:
-            self.submit(None)
-        except Exception as failed:
-            if error is None:
-                raise
-            print(f"the last checkpoint was not written: {first_line(failed)}", file=sys.stderr)
-        finally:
-            self.pool.shutdown()
-
-def save_checkpoint(path: Path, model, optimizer, writer: Writer, **rest):
-    """The trained weights, the optimizer's state and the rest, atomically, while training runs."""
-    weights = {name: p.data for name, p in trained_weights(model).items()}
-    state = copied({"model": weights, "optimizer": optimizer.state_dict(), **rest})
-    writer.submit(lambda: write_atomically(path, lambda f: torch.save(state, f)))
+def save_checkpoint(path: Path, model, optimizer, **rest):
+    """The trained weights, the optimizer's state and the rest, whole or not at all."""
+    weights = {name: p.detach() for name, p in trained_weights(model).items()}
+    state = {"model": weights, "optimizer": optimizer.state_dict(), **rest}
+    write_atomically(path, lambda f: torch.save(state, f))
 
 def load_checkpoint(path: Path, model, optimizer) -> dict:
     """Puts a checkpoint's weights into model and optimizer; returns its step and seconds. Raises
     BadInput."""
-    try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with refusing(f"{path} cannot be read"):
+        try:
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError("it is no checkpoint, or not whole") from None
         weights = trained_weights(model)
         if saved["model"].keys() != weights.keys():
             raise ValueError("it holds other weights")
@@ -157,12 +134,6 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
                 parameter.copy_(saved["model"][name])
         optimizer.load_state_dict(saved["optimizer"])
         return {"step": saved["step"], "seconds": saved["seconds"]}
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:                                 # torch raises many kinds
-        why = first_line(error)
-        why = "it is no checkpoint, or not whole" if "weights_only" in why else why
-        raise BadInput(f"{path} cannot be read: {why}") from None
 
 # -------------------------------------------------------------------------------------------- log
 ENDS = {True: ("step", "loss", "grad_norm", "skipped", "lr"),      # columns, of fine-tuning and RL
@@ -217,22 +188,22 @@ def tracker(cfg, folder: Path):
         accelerator.end_training()
 
 # --------------------------------------------------------------------------------- a training run
-class StopRequest:
+@contextlib.contextmanager
+def stop_requests():
     """Within `with`, the first Ctrl-C or SIGTERM lets the current step finish and be saved; a
-    second one ends at once."""
-    def __enter__(self):
-        self.wanted = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    second one ends at once. Yields the list of those that came."""
+    came = []
 
-    def ask(self, number, frame):
-        if self.wanted:
+    def ask(number, frame):
+        if came:
             raise KeyboardInterrupt
-        self.wanted = True
+        came.append(number)
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-    def __exit__(self, *exc):
-        for number, handler in self.before.items():
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
@@ -257,10 +228,9 @@ class Run:
             start = saved["step"]
             self.seconds.update(saved["seconds"])
         once(lambda: write_log(log, read_log(log, before_step=start)))
-        with (tracker(self.cfg, self.folder) as self.track, StopRequest() as self.stop,
-              Writer() as self.writer, tqdm(
-                  desc="agrpo", unit="step", initial=start, total=max(start, last),
-                  disable=None if self.first else True) as self.progress):
+        with (tracker(self.cfg, self.folder) as self.track, stop_requests() as self.stops,
+              tqdm(desc="agrpo", unit="step", initial=start, total=max(start, last),
+                   disable=None if self.first else True) as self.progress):
             for step in range(start, last):
                 yield step
                 if self.stopped:
@@ -277,13 +247,13 @@ class Run:
             row["heldout"] = result["solved"]
             self.seconds["eval"] += result["seconds"]
         row["peak_memory_mb"] = peak_memory_mb()
-        self.stopped, bad = anyone(self.stop.wanted), row["skipped"]
+        self.stopped, bad = anyone(bool(self.stops)), row["skipped"]
         self.skipped = bad * (self.skipped + 1)
         save = done % cfg.save_every == 0 or self.stopped or done == cfg.max_steps
         if self.first:
             append_log(self.folder / "log.csv", row)
         if self.first and save:
-            save_checkpoint(self.checkpoint, self.policy, self.optimizer, self.writer, step=done,
+            save_checkpoint(self.checkpoint, self.policy, self.optimizer, step=done,
                             seconds=self.seconds)
         self.track(row)
         if self.skipped == GIVE_UP:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rewards import TASKS, BadInput, prompt_for
+from rewards import TASKS, prompt_for
 from support.checkpoints import encode_prompts, save_model
 from support.data import load_examples
+from support.runs import refusing
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -106,10 +107,8 @@ def base_folder(cfg, block: int, start, encode_answers, sft_loss, g, rebuild: bo
     path = cache / f"{cfg.model}-{cfg.task}-{key}"
     if not rebuild and (path / "config.json").is_file():
         return str(path)
-    try:
+    with refusing(f"cannot keep the base model in {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot keep the base model in {cache}: {error}") from None
     tokenizer = tiny_tokenizer()
     policy = start(tokenizer, block)
     train_base(policy, tokenizer, cfg, encode_answers, sft_loss, g)
