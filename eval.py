@@ -10,6 +10,7 @@ grader are those of training. The second half is what happens around its loop.
 """
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -37,22 +38,22 @@ def evaluate(complete, task: str, examples: list, batch: int = 256, samples: int
              save=None) -> dict:
     """Complete and grade every example `samples` times. complete(examples, keys) -> texts, denoiser
     calls, tokens; keys are (index, sample). done: the rows that there are already, by key;
-    save(rows, examples) takes the new ones, batch after batch. Returns what `summary` does."""
+    save(rows) takes the new ones, batch after batch. Returns what `summary` does."""
     keys, rows = [(i, s) for i in range(len(examples)) for s in range(samples)], dict(done or {})
     for start in tqdm(range(0, len(keys), batch), desc="evaluate", unit="batch", leave=False,
                       disable=None if save else True):
         part = keys[start:start + batch]                       # a stopped one is done again whole
-        chunk = [examples[i] for i, _ in part]
-        if missing := [key for key in part if key not in rows]:
-            clock = time.perf_counter()
-            found = list(zip(part, chunk, *complete(chunk, part)))
-            graded = [{"index": i, "sample": s, **grade_row(task, text, ex), "nfe": nfe,
-                       "tokens": n} for (i, s), ex, text, nfe, n in found]
-            each = (time.perf_counter() - clock) / len(part)
-            new = [{**row, "seconds": each} for row, key in zip(graded, part) if key in missing]
-            rows |= {(row["index"], row["sample"]): row for row in new}
-            if save:
-                save(new, [examples[row["index"]] for row in new])
+        if rows.keys() >= set(part):
+            continue
+        clock, chunk, new = time.perf_counter(), [examples[i] for i, _ in part], {}
+        for key, ex, text, nfe, n in zip(part, chunk, *complete(chunk, part)):
+            if key not in rows:
+                new[key] = {"index": key[0], "sample": key[1], **grade_row(task, text, ex),
+                            "nfe": nfe, "tokens": n}
+        each = (time.perf_counter() - clock) / len(part)
+        rows |= (new := {key: {**row, "seconds": each} for key, row in new.items()})
+        if save:
+            save(new.values())
     return summary(task, [rows[key] for key in keys])
 
 def summary(task: str, rows: list[dict]) -> dict:
@@ -60,28 +61,25 @@ def summary(task: str, rows: list[dict]) -> dict:
     task's second grade), nfe (denoiser calls per completion), tokens_per_nfe (before the end),
     seconds, completions, grades; of several samples (k) also pass_at_k (an example counts if any is
     right) and majority (if the most frequent answer is), with their ci95."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["index"], []).append(row)
-    groups, n = list(groups.values()), len(rows)
-    shares = [sum(r["grade"] == 1 for r in g) / len(g) for g in groups]
-    k, right = max(map(len, groups)), sum(r["grade"] == 1 for r in rows)
+    groups = [list(g) for _, g in itertools.groupby(rows, lambda row: row["index"])]
+    right, n = [sum(row["grade"] == 1 for row in g) for g in groups], len(rows)
+    k = n // len(groups)
 
     def total(name):
-        return sum(r[name] for r in rows)
-    interval = wilson(right, n) if k == 1 else bootstrap(shares)
-    result = {"solved": right / n, "n": n, "ci95": interval, "grade": total("grade") / n,
-              "nfe": total("nfe") / n,
+        return sum(row[name] for row in rows)
+    result = {"solved": sum(right) / n, "n": n,
+              "ci95": wilson(sum(right), n) if k == 1 else bootstrap([r / k for r in right]),
+              "grade": total("grade") / n, "nfe": total("nfe") / n,
               "tokens_per_nfe": total("tokens") / max(1, total("nfe")),
-              "seconds": total("seconds"), "completions": [r["completion"] for r in rows],
-              "grades": [r["grade"] for r in rows]}
+              "seconds": total("seconds"), "completions": [row["completion"] for row in rows],
+              "grades": [row["grade"] for row in rows]}
     if TASKS[task].beside:
         result["beside"] = total(TASKS[task].beside[0]) / n
     if k > 1:
         result["k"] = k
-        for name, hits in (("pass_at_k", [share > 0 for share in shares]),
-                           ("majority", list(map(vote, groups)))):
-            result[name] = {"solved": sum(hits) / len(hits), "ci95": wilson(sum(hits), len(hits))}
+        for name, hits in (("pass_at_k", sum(map(bool, right))),
+                           ("majority", sum(map(vote, groups)))):
+            result[name] = {"solved": hits / len(groups), "ci95": wilson(hits, len(groups))}
     return result
 
 def vote(rows: list[dict]) -> bool:
@@ -120,14 +118,15 @@ def report_evaluation(task: str, name: str, settings: dict, results: list[dict],
     print(table(rows))
     kept = [{k: v for k, v in r.items() if k not in ("completions", "grades")} for r in results]
     runs.write_json(out.with_suffix(".json"), {"settings": settings, "results": kept})
-    print(f"every completion with its grade: {out}", end="\n" if len(results) == 1 else "; ")
+    said = f"every completion with its grade: {out}"
     if len(results) > 1:
         curves = {}
         for r in results:
             curves.setdefault(f"{name}, {r['length']} tokens", []).append(r)
         curves = {name: results} if len(curves) == 1 else curves
         plot_frontier(out.with_suffix(".png"), curves, task)
-        print(f"frontier: {out.with_suffix('.png')}")
+        said += f"; frontier: {out.with_suffix('.png')}"
+    print(said)
 
 # ------------------------------------------------------------------------- python eval.py
 SAMPLING = ("task", "model", "data", "prompt", "system_prompt", "seed", "device", "block_length",
@@ -160,18 +159,15 @@ def settings_of(given: dict, flags) -> tuple:
         raise BadInput(f"{options.flag(sorted(idle)[0])}: the controller of {path}, {controller}, "
                        "sets it; --controller off leaves it aside")
     given = {**given, "task": task, "model": str(path), "controller": controller}
-    cfg, shape = settle(given, {"temperature"}), {}
-    if known.get("task") == task:                              # as it was evaluated in training
-        known = {"completion_length": known.get("eval_length") or known.get("completion_length"),
-                 "block_length": known.get("eval_block_length") or known.get("block_length"),
-                 "eval_steps": known.get("eval_steps")}
-        if [type(x) for x in known.values()] == [int, int, str]:
-            cfg = dataclasses.replace(cfg, eval_length=0, eval_block_length=0, **known)
-            shape = known
-    cfg = options.with_model(dataclasses.replace(cfg, **given, rollout_batch=flags.batch),
-                             {**shape, **given})
-    cfg = dataclasses.replace(options.for_evaluation(cfg), **given, eval_length=0,
-                              eval_block_length=0)
+    whole = {"eval_length": 0, "eval_block_length": 0}         # they are the shape itself here
+    cfg, fixed = settle(given, {"temperature"}), given
+    shape = {"completion_length": known.get("eval_length") or known.get("completion_length"),
+             "block_length": known.get("eval_block_length") or known.get("block_length"),
+             "eval_steps": known.get("eval_steps")}
+    if known.get("task") == task and [type(x) for x in shape.values()] == [int, int, str]:
+        fixed = {**shape, **whole, **given}                    # as it was evaluated in training
+    cfg = options.with_model(dataclasses.replace(cfg, **fixed, rollout_batch=flags.batch), fixed)
+    cfg = dataclasses.replace(options.for_evaluation(cfg), **given, **whole)
     if not 0 < flags.samples < 10**6 or not 0 <= flags.limit <= 10**5 or flags.batch < 1:
         raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000")
     if flags.samples > 1 and cfg.temperature == 0 and cfg.unmasking != "random":
@@ -204,7 +200,8 @@ def run(given: dict, flags) -> int:
         check_context(about.config, tokenizer, longest, examples)
     policy, tokenizer = open_policy(cfg)
     settings |= {"weights": checkpoints.fingerprint(policy)}
-    name = Path(cfg.model).parent.name if Path(cfg.model).name == "model" else Path(cfg.model).name
+    path = Path(cfg.model)
+    name = (path.parent if path.name == "model" else path).name
     key, results = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8], []
     out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{key}.jsonl")
     with locked_completions(out, settings, flags.overwrite) as (stored, f):
@@ -220,9 +217,9 @@ def run(given: dict, flags) -> int:
                 keys = [("eval", cfg.seed, *key) for key in keys]
                 return completed(policy, tokenizer, exs, keys, at)
 
-            def save(rows, exs, shape=shape):
-                f.writelines(json.dumps({**shape, **row, "example": ex}) + "\n"
-                             for row, ex in zip(rows, exs))
+            def save(rows, shape=shape):
+                f.writelines(json.dumps({**shape, **row, "example": examples[row["index"]]}) + "\n"
+                             for row in rows)
                 f.flush()
             done = {(row["index"], row["sample"]): {
                 **row, **grade_row(cfg.task, row["completion"], row["example"])}
@@ -230,10 +227,10 @@ def run(given: dict, flags) -> int:
             results.append({**shape, **evaluate(complete, cfg.task, examples, flags.batch,
                                                 flags.samples, done, save)})
             if cfg.data and TASKS[cfg.task].generate:          # it may have been made for training
-                held = [place for place, ex in enumerate(examples) if held_out(cfg.task, ex)]
-                grades, k = results[-1]["grades"], flags.samples
-                right = sum(g == 1 for i in held for g in grades[i * k:(i + 1) * k])
-                results[-1]["held_out"] = {"solved": right / max(1, len(held) * k), "n": len(held)}
+                held, k = [held_out(cfg.task, ex) for ex in examples], flags.samples
+                right = sum(grade == 1 and held[i // k]
+                            for i, grade in enumerate(results[-1]["grades"]))
+                results[-1]["held_out"] = {"solved": right / max(1, sum(held) * k), "n": sum(held)}
     report_evaluation(cfg.task, name, settings, results, out)
     return 0
 
@@ -249,8 +246,7 @@ def main(argv=None) -> int:
         argv, text = sys.argv[1:] if argv is None else argv, __doc__.partition("\n\nEvery")[0]
         owners = {"evaluation": Flags, "sampling": sampling}
         given = options.read_flags("eval.py", text, owners, argv)
-        flags = Flags(**{k: v for k, v in given.items() if k not in SAMPLING})
-        given = {k: v for k, v in given.items() if k in SAMPLING}
+        flags = Flags(**{k: given.pop(k) for k in [*given] if k not in SAMPLING})
         if flags.regrade:
             return regrade(Path(flags.regrade), given.get("task", ""), flags.out, flags.overwrite)
         return run(given, flags)
@@ -271,9 +267,9 @@ def evaluate_at(policy, tokenizer, cfg, examples: list, steps: int) -> dict:
 
 def parse(argv: list[str]) -> tuple:
     """agrpo.py's command line -> settings, and what else is to be done. Raises BadInput."""
-    asked = [name for name in OWNERS if name in argv or f"--{name}" in argv]
-    shown = {*list(OWNERS)[:4], *asked} if {"-h", "--help"} & set(argv) else OWNERS
-    owners = {name.replace("-", "_"): OWNERS[name] for name in OWNERS if name in shown}
+    short, asked = {"-h", "--help"} & set(argv), {word.removeprefix("--") for word in argv}
+    owners = {name.replace("-", "_"): owner for i, (name, owner) in enumerate(OWNERS.items())
+              if i < 4 or not short or name in asked}
     words = "".join(f"\n{options.flag(knob)}: {', '.join(rows)}"
                     for knob, rows in {"task": TASKS, **choices()}.items())
     text = agrpo.__doc__.partition("\n\n")[0] + words
@@ -306,21 +302,22 @@ def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) 
                            "NAME starts another run")
         context, mask_id = about.config.max_position_embeddings, about.mask_id
         length = check_context(about.config, tokenizer, cfg, examples + heldout)
-        at = length, options.device_for(cfg), agrpo.processes()[1]
-        cfg = cost.with_checkpointing(about.config, cfg, *at)
-        print(cost.announce(about.config, cfg, *at), flush=True)
+        device = options.device_for(cfg)
+        cfg = cost.with_checkpointing(about.config, cfg, length, device)
+        print(cost.announce(about.config, cfg, length, device, agrpo.processes()[1]), flush=True)
     if cfg.sft:
         examples = sft.sft_examples(tokenizer, cfg, examples, context, mask_id)
     return examples, cfg
 
-def run_training(cfg, loop, resume: bool, overwrite: bool, rebuild_base: bool) -> int:
+def run_training(cfg, loop, actions: dict) -> int:
     """Base, evaluation, the loop, evaluation, table. Returns the exit code."""
-    folder, clock = Path("runs") / cfg.name, time.perf_counter()
-    once(runs.check, folder, dataclasses.asdict(cfg), options.MAY_CHANGE, resume, overwrite)
+    folder, clock, overwrite = Path("runs") / cfg.name, time.perf_counter(), actions["overwrite"]
+    once(runs.check, folder, dataclasses.asdict(cfg), options.MAY_CHANGE, actions["resume"],
+         overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed,
                                    cfg.data, cfg.test_data)
     examples, cfg = once(forecast, cfg, folder, examples, heldout, overwrite)
-    policy, tokenizer = open_policy(cfg, True, rebuild_base)
+    policy, tokenizer = open_policy(cfg, True, actions["rebuild_base"])
     once(runs.begin, folder, dataclasses.asdict(cfg), overwrite)   # not before the model is there
     steps, half = options.numbers(cfg.eval_steps, "--eval-steps"), (len(heldout) + 1) // 2
     run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg),
@@ -365,13 +362,12 @@ def training(argv, loop) -> int:
     cfg = None
     try:
         cfg, actions = parse(sys.argv[1:] if argv is None else argv)
-        actions.pop("help_all")
-        if (out := actions.pop("merge")) is not None:
+        if (out := actions["merge"]) is not None:
             checkpoints.merge(cfg.model, cfg.model_block, out)
             print(f"merged: {out}")
             return 0
         processes.join(cpu=options.device_for(cfg) == "cpu")
-        code = run_training(cfg, loop, **actions)
+        code = run_training(cfg, loop, actions)
         processes.leave()                                      # not after an error: others may wait
         return code
     except (BadInput, FloatingPointError) as error:

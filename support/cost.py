@@ -30,7 +30,7 @@ def adapter_count(config, rank: int) -> int:
     sides = [(h, q), (h, kv), (h, kv), (q, h)] + 3 * [(h, config.intermediate_size)]
     return config.num_hidden_layers * rank * sum(a + b for a, b in sides)
 
-def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) -> dict:
+def estimate(config, cfg, prompt_length: int, half: bool) -> dict:
     """Of a training step: gigabytes of memory per process (weights; trained: gradients and AdamW's
     moments, and of adapters themselves; rollout, update: what each adds at its peak) and floating
     point operations of all processes (rollout_flops, update_flops of a step, eval_flops of an
@@ -102,7 +102,7 @@ def matmul_rate(device: str) -> float:
         best = min(best, time.perf_counter() - clock)
     return 2 * n**3 / best
 
-def with_checkpointing(config, cfg, prompt_length: int, device: str, processes: int):
+def with_checkpointing(config, cfg, prompt_length: int, device: str):
     """cfg with gradient_checkpointing auto decided: on where the update would otherwise not fit the
     GPU's memory, or this machine's."""
     if cfg.gradient_checkpointing != "auto":
@@ -110,12 +110,12 @@ def with_checkpointing(config, cfg, prompt_length: int, device: str, processes: 
     half, room = device.startswith("cuda"), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     room = torch.cuda.get_device_properties(device).total_memory if half else room
     off, on = (dataclasses.replace(cfg, gradient_checkpointing=word) for word in ("off", "on"))
-    fits = estimate(config, off, prompt_length, half, processes)["total"] < 0.9 * room / 1e9
+    fits = estimate(config, off, prompt_length, half)["total"] < 0.9 * room / 1e9
     return off if fits else on
 
 def announce(config, cfg, prompt_length: int, device: str, processes: int) -> str:
     """The estimate in words. Raises BadInput if weights and optimizer alone do not fit the GPU."""
-    cost = estimate(config, cfg, prompt_length, device.startswith("cuda"), processes)
+    cost = estimate(config, cfg, prompt_length, device.startswith("cuda"))
     rate = 0.4 * matmul_rate(device) * processes
     rollout, update, evaluation = (cost[f"{k}_flops"] / rate for k in ("rollout", "update", "eval"))
     step, steps = rollout + update, cfg.max_steps
