@@ -97,19 +97,16 @@ class CachedPolicy:
             current = block.masked_fill(~masked, S).amin(1, keepdim=True)      # (n, 1)
             columns = pad + (current - 1) * size + torch.arange(2 * size, device=device)
             return compute(columns.masked_fill((columns < pad) | (columns >= S), S))
-        if self.anew.all():
-            return compute(every[:S].expand(n, -1))
         shift = int(self.policy.shift)                         # the first logits stand one before
         start = self.start + P - shift
         ends = start + shift + self.block_length
         ends = ends if self.kind == "dual" else torch.full_like(ends, S)
         columns = start[:, None] + torch.arange(int((ends - start).max()))
         columns = columns.clamp(max=S).to(device)
-        whole, part = (x.nonzero().squeeze(1).to(device) for x in (self.anew, ~self.anew))
-        if not len(whole):
-            return compute(columns)
-        parts = [compute(every[:S].expand(len(whole), -1), whole), compute(columns[part], part)]
-        return torch.cat(parts)[torch.cat([whole, part]).argsort()]
+        rows = [x.nonzero().squeeze(1).to(device) for x in (self.anew, ~self.anew)]
+        parts = [compute(of[at], at) for of, at in zip((every[:S].expand(n, -1), columns), rows)
+                 if len(at)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
 def cached_rollout(policy, prompt, prompt_mask, cfg, keys, rule=None):
     """agrpo.rollout with --cache. After an approximate one the views of its states are "cached",

@@ -22,7 +22,7 @@ from methods.diffu_grpo import counted
 from methods.samplers import EASE, LEVEL
 from methods.scored import score
 from rewards import BadInput
-from support.checkpoints import read_extra
+from support.checkpoints import load_extra
 
 RULES = {"threshold": "threshold", "entropy": "entropy_bound"}     # --controller -> --unmasking
 
@@ -73,13 +73,10 @@ def add_controller(policy, cfg, about, train: bool):
     train, at first the configured threshold for every prompt. Raises BadInput."""
     head, folder = policy.model.get_output_embeddings().weight, about.adapter or about.folder
     policy.controller = torch.nn.Linear(head.shape[1], 1, device=head.device)
-    saved = read_extra(folder, "controller", {"weight": (1, head.shape[1]), "bias": (1,)})
-    if saved is None and not train:
-        raise BadInput(f"--controller {cfg.controller}: {folder} has no controller.safetensors")
     torch.nn.init.zeros_(policy.controller.weight)
     torch.nn.init.constant_(policy.controller.bias, EASE[RULES[cfg.controller]](cfg))
-    if saved:
-        policy.controller.load_state_dict(saved)
+    if not load_extra(policy.controller, folder / "controller.safetensors") and not train:
+        raise BadInput(f"--controller {cfg.controller}: {folder} has no controller.safetensors")
 
 def ease_mean(policy, prompt, prompt_mask, C: int) -> Tensor:
     """mu (N,) in float64, read from the prompt before an empty completion."""

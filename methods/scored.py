@@ -27,11 +27,9 @@ def score(policy, traj, views, cfg) -> tuple[Tensor, Tensor | None]:
     found = agrpo.gather(found)
     if not found:
         return views.target.double(), None
-    index, logp, order_logp = zip(*found)
+    index, *found = zip(*found)
     back = torch.cat(index).argsort()
-    if order_logp[0] is not None:
-        order_logp = torch.cat(order_logp).double()[back].to(device)
-    return torch.cat(logp)[back].to(device), None if isinstance(order_logp, tuple) else order_logp
+    return tuple(None if x[0] is None else torch.cat(x).double()[back].to(device) for x in found)
 
 def scored(policy, traj, views, cfg):
     """Scored on the same views before the update. With one inner epoch the first evaluation gives

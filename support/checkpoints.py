@@ -1,4 +1,5 @@
 """Published checkpoints in stock classes of transformers, no remote code; adapters; saving."""
+import contextlib
 import functools
 import hashlib
 import os
@@ -348,33 +349,39 @@ def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str 
             if not file.name.endswith(".index.json") and file.name != "agrpo.json":
                 shutil.copyfile(file, folder / file.name)
 
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yields a directory to write, which at the end takes the place of `path`."""
+    partial, old = (path.with_name(f"{path.name}.{os.getpid()}.{end}")     # two may make the same
+                    for end in ("partial", "old"))
+    yield partial
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
 def save_model(path: Path, model, tokenizer, settings: dict, source: Path | None, base: str,
                extra: dict | None = None):
     """Write a directory that open_checkpoint reads, with the settings it was made with, whole or
     not at all. extra: further modules, each as NAME.safetensors."""
-    from safetensors.torch import save_file
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")     # two may make the same base
-    save_weights(model, tokenizer, partial, source, base)
-    for name, module in (extra or {}).items():
-        state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-        save_file(state, partial / f"{name}.safetensors")
-    write_json(partial / "agrpo.json", settings)
-    if path.exists():
-        path.rename(old := path.with_name(f"{path.name}.{os.getpid()}.old"))
-        shutil.rmtree(old)
-    partial.rename(path)
+    from safetensors.torch import save_model as save_module
+    with replacing(path) as partial:
+        save_weights(model, tokenizer, partial, source, base)
+        for name, module in (extra or {}).items():
+            save_module(module, partial / f"{name}.safetensors")
+        write_json(partial / "agrpo.json", settings)
 
-def read_extra(folder: Path, name: str, shapes: dict) -> dict | None:
-    """The state of a module saved beside a model, None if there is none. Raises BadInput."""
+def load_extra(module, path: Path) -> bool:
+    """Loads a module saved beside a model; whether there is one. Raises BadInput."""
     from safetensors.torch import load_file
-    path = folder / f"{name}.safetensors"
     if not path.exists():
-        return None
+        return False
     with refusing(path):
-        saved = load_file(path)
-        if {k: tuple(v.shape) for k, v in saved.items()} != shapes:
+        saved, own = load_file(path), module.state_dict()
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise ValueError("not of this model")
-        return saved
+        module.load_state_dict(saved)
+    return True
 
 def fingerprint(model) -> str:
     """Changes when the weights do: a hash of the first numbers of every parameter."""
@@ -395,12 +402,11 @@ def merge(model: str, block: int, out: str):
         raise BadInput(f"--merge: {model} holds no adapter; give the trained model: --model "
                        "runs/NAME")
     net = load_adapter(load_model(about, stored_dtype(about.folder)), adapter, trainable=False)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_weights(net.merge_and_unload(), tokenizer, partial, about.folder)
-        for name in ("agrpo.json", "controller.safetensors"):  # its prompt, its sampler
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, partial / name)
-        partial.rename(path)
+        with replacing(path) as partial:
+            save_weights(net.merge_and_unload(), tokenizer, partial, about.folder)
+            for name in ("agrpo.json", "controller.safetensors"):      # its prompt, its sampler
+                if (adapter / name).is_file():
+                    shutil.copyfile(adapter / name, partial / name)
     except OSError as error:
         raise BadInput(f"--merge {path}: {error.strerror}") from None

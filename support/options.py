@@ -215,7 +215,7 @@ def before_flags(given: dict, published: dict) -> dict:
         settings["shrink"] = 2                                 # 8 of 128 would be half a step of 8
     if kind or preset.endswith("gb"):
         settings |= PRESETS[preset]
-    return {**settings, **(SFT[bool(kind)] if sft else {})}
+    return settings | (SFT[bool(kind)] if sft else {})
 
 def with_prompt(cfg):
     """The prompt settled: the one given, else the one this checkpoint was trained with here, else
@@ -320,36 +320,35 @@ def need_gpu(cfg):
             "tiny model, minutes; of your own tasks, those with generate and lazy), or --model DIR "
             "--device cpu with a checkpoint below 1 billion parameters (the README makes one)")
 
-GOES_WITH = (                          # settings, what they act with only, whether it is there
-    ("mc_steps timesteps", "--method agrpo", lambda c: c.method == "agrpo"),
+GOES_WITH = (                          # settings, and what they act with only
+    ("mc_steps timesteps", "--method agrpo"),
     ("preset", "--method agrpo", lambda c: c.preset != "official" or c.method == "agrpo"),
     ("clip clip_high", "--inner-epochs 2 or more: at the first every ratio is 1",
      lambda c: c.inner_epochs > 1),
-    ("kl_reference", "--kl", lambda c: c.kl > 0),
+    ("kl_reference", "--kl"),
     ("kl", "--inner-epochs 2 or more, or --kl-reference base",
      lambda c: c.inner_epochs > 1 or c.kl_reference == "base"),
-    ("lora_alpha", "--lora-rank", lambda c: c.lora_rank > 0),
-    ("overlong_from", "--overlong-penalty", lambda c: c.overlong_penalty > 0),
-    ("order_score", "--unmasking confidence or plackett_luce",
-     lambda c: c.unmasking in ("confidence", "plackett_luce")),
-    ("tau_pos", "--unmasking plackett_luce", lambda c: c.unmasking == "plackett_luce"),
-    ("threshold", "--unmasking threshold", lambda c: c.unmasking == "threshold"),
-    ("entropy_bound", "--unmasking entropy_bound", lambda c: c.unmasking == "entropy_bound"),
-    ("importance_cap importance_level", "--cache prefix or dual",
-     lambda c: c.cache in ("prefix", "dual")),
-    ("prompt_masking", "--method diffu-grpo", lambda c: c.method == "diffu-grpo"),
-    ("truncation", "--method diffpo", lambda c: c.method == "diffpo"),
-    ("dynamic_sampling", "--method dipo", lambda c: c.method == "dipo"),
-    ("shrink update_block value_model", "--method tracerl", lambda c: c.method == "tracerl"),
-    ("gamma lam value_lr", "--value-model on", lambda c: c.value_model == "on"),
-    ("alpha controller_training controller_sigma controller_lr", "--controller",
-     lambda c: c.controller != "off"))
+    ("lora_alpha", "--lora-rank"), ("overlong_from", "--overlong-penalty"),
+    ("order_score", "--unmasking confidence or plackett_luce"),
+    ("tau_pos", "--unmasking plackett_luce"), ("threshold", "--unmasking threshold"),
+    ("entropy_bound", "--unmasking entropy_bound"),
+    ("importance_cap importance_level", "--cache prefix or dual"),
+    ("prompt_masking", "--method diffu-grpo"), ("truncation", "--method diffpo"),
+    ("dynamic_sampling", "--method dipo"), ("shrink update_block value_model", "--method tracerl"),
+    ("gamma lam value_lr", "--value-model on"),
+    ("alpha controller_training controller_sigma controller_lr", "--controller"))
+
+def is_set(cfg, words: str) -> bool:
+    """Whether a flag has one of the values that the words give, or, without any, is not off."""
+    name, _, values = words[2:].partition(" ")
+    value = getattr(cfg, name.replace("-", "_"))
+    return value in values.split(" or ") if values else value not in (0, "off")
 
 def check_goes_with(cfg, given):
     """Raises BadInput for a setting given that would not act."""
-    for names, words, holds in GOES_WITH:
+    for names, words, *rule in GOES_WITH:
         for name in set(names.split()) & set(given):
-            if not holds(cfg):
+            if not (rule[0](cfg) if rule else is_set(cfg, words)):
                 raise BadInput(f"{flag(name)} {getattr(cfg, name)} goes with {words}")
 
 def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), training=True):
@@ -438,13 +437,12 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
 def default_name(cfg) -> str:
     """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the
     run apart from the plain one."""
-    begun = [cfg.model] if cfg.model == "tiny-block" else []
-    if made_here(cfg.model) and cfg.model not in TINY:
-        begun = [f"on-{Path(cfg.model).name}"]
-    what = [cfg.method, cfg.preset]
-    if cfg.method == "agrpo":
-        what = [cfg.preset or cfg.method]
-    what = ["sft"] if cfg.sft else [*filter(None, what)]
-    what += ["value"] * (cfg.value_model == "on")
-    what += [f"{cfg.controller}-{cfg.controller_training}"] * (cfg.controller != "off")
-    return "-".join([cfg.task, *begun, *what, f"seed{cfg.seed}"])[:100]
+    trained_on = made_here(cfg.model) and cfg.model not in TINY
+    method = "" if cfg.method == "agrpo" and cfg.preset else cfg.method
+    parts = (cfg.task, "tiny-block" if cfg.model == "tiny-block" else "",
+             f"on-{Path(cfg.model).name}" if trained_on else "",
+             *(["sft"] if cfg.sft else [method, cfg.preset]),
+             "value" if cfg.value_model == "on" else "",
+             f"{cfg.controller}-{cfg.controller_training}" if cfg.controller != "off" else "",
+             f"seed{cfg.seed}")
+    return "-".join(filter(None, parts))[:100]

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -208,20 +209,26 @@ def stop_requests():
 
 GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
 
+@dataclasses.dataclass
 class Run:
     """What agrpo.train asks of a run: settings, model, data, the steps left to do, and a place for
     what each of them returns: log, checkpoints, held-out curve."""
-
-    def __init__(self, cfg, folder: Path, policy, examples: list, sample, method, evaluate):
-        """evaluate() -> a result with solved and seconds, for the held-out curve."""
-        self.cfg, self.folder, self.policy, self.examples = cfg, folder, policy, examples
-        self.sample, self.method, self.evaluate = sample, method, evaluate
-        self.seconds = {"base_model": 0.0, "rollout": 0.0, "update": 0.0, "eval": 0.0}
-        self.stopped, self.skipped, self.first = False, 0, processes()[0] == 0
+    cfg: object
+    folder: Path
+    policy: torch.nn.Module
+    examples: list
+    sample: Callable                   # as agrpo.sample_step takes it
+    method: tuple                      # the row of METHODS
+    evaluate: Callable                 # () -> a result with solved and seconds
+    seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(
+        ("base_model", "rollout", "update", "eval"), 0.0))
+    stopped: bool = False
+    skipped: int = 0                   # steps in a row
 
     def steps(self, optimizer):
         """The steps from the folder's checkpoint on, to max_steps or until a stop is asked for."""
         start, last, self.optimizer = 0, self.cfg.max_steps, optimizer
+        self.first = processes()[0] == 0
         log, self.checkpoint = self.folder / "log.csv", self.folder / "checkpoint.pt"
         if self.checkpoint.is_file():
             saved = load_checkpoint(self.checkpoint, self.policy, optimizer)
@@ -266,8 +273,8 @@ class Run:
 
 def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     """What is printed when a run begins."""
-    size, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or not only)
-                     / 1e6 for only in (False, True))
+    size, trained = (sum(p.numel() for p in some) / 1e6
+                     for some in (policy.parameters(), trained_weights(policy).values()))
     part = f", {trained:.2f} M of them trained" if trained < size else ""
     return (f"{cfg.model} model of {size:.2f} M parameters{part}; {cfg.task}: {examples} "
             f"{'answers to learn' if cfg.sft else 'examples'}, {heldout} held out; {folder} "
@@ -307,11 +314,11 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     if rows:
         plot_curves(folder / "curve.png", [(rows, base[0], trained[0])], cfg.task, learner(cfg))
     plot_frontier(folder / "frontier.png", {"base": base, "trained": trained}, cfg.task)
-    short = [{k: r[0][k] for k in ("solved", "n", "ci95")} for r in (base, trained)]
+    before, after = ({k: r[0][k] for k in ("solved", "n", "ci95")} for r in (base, trained))
     seconds = {k: round(v, 1) for k, v in {**seconds, "total": sum(seconds.values())}.items()}
     write_json(folder / "summary.json", {
         "task": cfg.task, "model": cfg.model, "method": "sft" if cfg.sft else cfg.method,
-        "seed": cfg.seed, "base": short[0], "trained": short[1],
+        "seed": cfg.seed, "base": before, "trained": after,
         "by_steps": [{"steps": b["steps"], "nfe": t["nfe"], "base": b["solved"],
                       "trained": t["solved"], "base_nfe": b["nfe"]} for b, t in zip(base, trained)],
         "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
