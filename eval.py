@@ -96,8 +96,8 @@ def trained_on(cfg, examples: list) -> int:
     if not cfg.data or known.get("task") != cfg.task or not usable:
         return 0
     key = TASKS[cfg.task].key
-    keys = {key(ex) for ex in load_split(cfg.task, *how)[0]}
-    return sum(key(ex) in keys for ex in examples)
+    seen = set(map(key, load_split(cfg.task, *how)[0]))
+    return sum(key(ex) in seen for ex in examples)
 
 def report_evaluation(task: str, name: str, settings: dict, results: list[dict], out: Path):
     """The table on the screen; beside the completions the results (.json) and, of several, the
@@ -195,7 +195,7 @@ def run(given: dict, flags) -> int:
         print(f"note: the model was trained on {seen} of these {len(examples)} examples",
               flush=True)
     if cfg.model not in options.TINY:
-        about, tokenizer, _ = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
+        about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
         longest = dataclasses.replace(cfg, completion_length=max(shapes)[0])
         check_context(about.config, tokenizer, longest, examples)
     policy, tokenizer = open_policy(cfg)
@@ -295,8 +295,8 @@ def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) 
     tokenizer = tiny.tiny_tokenizer()
     context, mask_id = 256, tokenizer.mask_token_id
     if cfg.model not in options.TINY:
-        about, tokenizer, adapter = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
-        used = (about.folder, adapter or about.folder)
+        about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
+        used = (about.folder, about.adapter or about.folder)
         if overwrite and any(folder.resolve() in place.resolve().parents for place in used):
             raise BadInput(f"--overwrite would delete {cfg.model}, the model to begin with: --name "
                            "NAME starts another run")
@@ -352,7 +352,7 @@ def method_of(cfg, tokenizer) -> agrpo.Method:
         return agrpo.Method(None, train_step=sft.step_with(tokenizer))
     if cfg.controller != "off":
         return method._replace(train_step=diffpo.controller_step, begin=diffpo.begin)
-    if cfg.cache in ("prefix", "dual"):
+    if cfg.cache in options.APPROXIMATE:
         return method._replace(train_step=caches.train_step)
     return method
 

@@ -7,7 +7,7 @@ from torch import Tensor
 import agrpo
 from methods import (ROWS, caches, diffpo, diffu_grpo, dipo, join, rows_of, samplers, scored, to,
                      tracerl)
-from methods.sft import encode_answers, sft_loss
+from methods.sft import train_base
 from rewards import BadInput, grade, overlong, prompt_for, read_weights, reward_parts
 from support import checkpoints, options, tiny
 from support.processes import once
@@ -27,9 +27,7 @@ def choices() -> dict:
     """The words that settings take from agrpo.py's tables."""
     tables = {"method": "METHODS", "unmasking": "UNMASK", "timesteps": "TIMESTEPS",
               "advantage": "ADVANTAGES", "normalizer": "NORMALIZERS"}
-    every = {knob: dict.fromkeys([*getattr(agrpo, table), *ROWS[table]])
-             for knob, table in tables.items()}
-    return {knob: [row for row in rows if " " not in row] for knob, rows in every.items()}
+    return {knob: [*{**getattr(agrpo, table), **ROWS[table]}] for knob, table in tables.items()}
 
 def settle(given: dict, may_be_zero=frozenset()) -> Settings:
     """The flags given, and for the rest what task, model, method and preset ask for. Raises
@@ -37,24 +35,29 @@ def settle(given: dict, may_be_zero=frozenset()) -> Settings:
     options.check_values(Settings(**given), {**options.CHOICES, **choices()},
                          options.MAY_BE_ZERO | may_be_zero)
     published = agrpo.METHODS[given.get("method", "agrpo")].settings
-    cfg = Settings(**{**options.before_flags(given, published), **given})
+    settings = options.before_flags(given, published)
     if "completion_length" in given:                           # of one's own: also evaluated
-        shape = {"eval_length": 0, "eval_block_length": 0, **given}
-        cfg = dataclasses.replace(cfg, eval_length=shape["eval_length"],
-                                  eval_block_length=shape["eval_block_length"])
+        settings |= {"eval_length": 0, "eval_block_length": 0}
+    cfg = Settings(**settings | given)
     if cfg.kl_reference == "old" and cfg.inner_epochs == 1 and "kl" not in given:
         cfg = dataclasses.replace(cfg, kl=0.0)                 # no gradient at the first update
     return options.with_prompt(cfg)
 
+def policy_of(net, mask_id: int, eos_id: int, shift: bool, block: int):
+    """Its denoiser: block-causal if it has blocks."""
+    known = net, mask_id, eos_id, shift
+    return dipo.BlockPolicy(*known, block) if block else agrpo.Policy(*known)
+
 def tiny_base(cfg, device: str, rebuild: bool = False) -> str:
-    """Directory of the tiny base model, trained on the first call and kept. SFT on answers of which
-    a share follows a lazy rule: many samples find a right answer, a single one seldom does."""
-    def start(tokenizer, block):
+    """Directory of the tiny base model, trained on the first call and kept."""
+    block = options.tiny_block(cfg)
+
+    def make(tokenizer):
         net = tiny.tiny_model(tokenizer, cfg, block).to(device)
-        known = net, tokenizer.mask_token_id, tokenizer.eos_token_id
-        return dipo.BlockPolicy(*known, block=block) if block else agrpo.Policy(*known)
-    return tiny.base_folder(cfg, options.tiny_block(cfg), start, encode_answers, sft_loss,
-                            agrpo.generator("sft", cfg.seed), rebuild)
+        train_base(policy_of(net, tokenizer.mask_token_id, tokenizer.eos_token_id, False, block),
+                   tokenizer, cfg)
+        return net
+    return tiny.base_folder(cfg, block, make, rebuild)
 
 def open_policy(cfg, train=False, rebuild=False) -> tuple:
     """cfg.model -> policy, tokenizer, on their device. Raises BadInput."""
@@ -67,8 +70,7 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
     if cfg.compile == "on":
         decoder = net.get_decoder()
         decoder.forward = torch.compile(decoder.forward, dynamic=True)
-    known = net, about.mask_id, tokenizer.eos_token_id, about.family.shift
-    policy = dipo.BlockPolicy(*known, about.block) if about.block else agrpo.Policy(*known)
+    policy = policy_of(net, about.mask_id, tokenizer.eos_token_id, about.family.shift, about.block)
     policy.flex, policy.turn_id = device != "cpu", checkpoints.end_of_turn(tokenizer)
     policy.source, policy.base = about.folder, about.base
     if cfg.controller != "off":
@@ -95,9 +97,9 @@ def lengths(traj, policy) -> Tensor:
 def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     """One completion per example -> trajectory, texts: the one way from an example to a text. Each
     process denoises its share, rollout_batch rows at once, those with long prompts first."""
-    roll, (rank, world), found = agrpo.rollout, agrpo.processes(), []
-    roll = caches.cached_rollout if cfg.cache != "none" else roll
-    roll = diffpo.controlled_rollout if cfg.controller != "off" else roll
+    (rank, world), found = agrpo.processes(), []
+    roll = (diffpo.controlled_rollout if cfg.controller != "off" else
+            caches.cached_rollout if cfg.cache != "none" else agrpo.rollout)
     ids, prompt_mask = checkpoints.encode_prompts(tokenizer, [
         prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
     length, device = prompt_mask.sum(1), next(policy.model.parameters()).device

@@ -40,20 +40,20 @@ def scored(policy, traj, views, cfg):
 
 def keep_reference(policy):
     """Before training: a copy of the weights that will be trained, all or the adapters."""
-    policy.reference = [(p, p.detach().clone()) for p in policy.model.parameters()
+    policy.reference = [[p, p.detach().clone()] for p in policy.model.parameters()
                         if p.requires_grad]
 
 @contextlib.contextmanager
 def reference_weights(policy):
     """Within `with`, the weights that the training began with."""
-    trained = [p.data for p, _ in policy.reference]
+    def swap():
+        for pair in policy.reference:
+            pair[0].data, pair[1] = pair[1], pair[0].data
+    swap()
     try:
-        for p, first in policy.reference:
-            p.data = first
         yield
     finally:
-        for (p, _), now in zip(policy.reference, trained):
-            p.data = now
+        swap()
 
 def reference(policy, traj, views, cfg):
     """The log-probs that the KL term of Eq. 4 compares with."""

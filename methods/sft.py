@@ -4,16 +4,18 @@
          token masked with probability t.
 """
 import math
+import random
 import time
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import agrpo
 from methods.dipo import packed
-from rewards import BadInput, gold_completion, prompt_for
+from rewards import TASKS, BadInput, gold_completion, prompt_for
 from support.checkpoints import encode_prompts, end_of_turn
-from support.data import read_pairs
+from support.data import load_examples, read_pairs
 from support.processes import say
 
 def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
@@ -56,6 +58,38 @@ def sft_loss(policy, prompt, prompt_mask, tokens, g) -> Tensor:
     drawn = noise(tokens, getattr(policy, "block", 0), prompt_mask, g)
     drawn = (x.to(tokens.device) for x in drawn)
     return denoising_loss(policy, prompt, prompt_mask, tokens, *drawn)
+
+def train_base(policy, tokenizer, cfg):
+    """SFT on answers of which a share of base_lazy follow a lazy rule, the others are right: able,
+    but not inclined. Many samples find a right answer, a single one seldom does."""
+    task, device = TASKS[cfg.task], next(policy.parameters()).device
+    g = agrpo.generator("sft", cfg.seed)
+    examples = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train")
+    ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare")
+                                                  for ex in examples])
+    rng = random.Random(cfg.seed)
+    texts = zip(*[(task.gold(ex), task.lazy(ex, rng)) for ex in examples])
+    answers = torch.stack([encode_answers(tokenizer, kind, cfg.completion_length, policy)
+                           for kind in texts])                 # 0 right, 1 lazy
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95),
+                                  weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
+    print(f"making the tiny base model: {cfg.base_steps} steps of supervised fine-tuning, once",
+          flush=True)
+    progress = tqdm(range(cfg.base_steps), "base model", unit="step", mininterval=1, disable=None)
+    for step in progress:
+        index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
+        lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
+        rows = ids[index], prompt_mask[index], answers[lazy, index]
+        loss = sft_loss(policy, *(x.to(device) for x in rows), g)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
 
 def step_with(tokenizer):
     """A step like agrpo.train_step, on rows {"prompt": (message, beginning), "answer": text}."""

@@ -125,11 +125,9 @@ def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
         raise BadInput(f"{where}: model_type {kind!r} with mask_token_id {mask_id!r}; supported "
                        f"are masked diffusion models of type {', '.join(FAMILIES)}")
     rope = known.get("rope_parameters")                        # as transformers 5 writes it
-    rope = rope if isinstance(rope, dict) else {}
-    known = {**known, "rope_theta": known.get("rope_theta", rope.get("rope_theta"))}
+    known = {**(rope if isinstance(rope, dict) else {}), **known}
     for field, value in {**family.fixed, "rope_type": "default"}.items():
-        found = rope.get("rope_type") if field == "rope_type" else known.get(field)
-        if found not in (None, value):
+        if (found := known.get(field)) not in (None, value):
             raise BadInput(f"{where}: {field} {found!r} is not supported, only {value!r}")
     fields = {}
     for field, names in family.fields.items():
@@ -140,7 +138,7 @@ def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
             raise BadInput(f"{where}: its config.json has {' or '.join(names)} {value!r}")
         fields[field] = value
     V = fields["vocab_size"]
-    if mask_id is not None and (type(mask_id) is not int or not 0 <= mask_id < V):
+    if mask_id is not None and (type(mask_id) is not int or mask_id not in range(V)):
         raise BadInput(f"{where}: mask_token_id {mask_id!r} in a vocabulary of {V}")
     rope = {"rope_type": "default", "rope_theta": float(fields.pop("rope_theta"))}
     with refusing(where):              # a pad_token_id would take the gradient of its row away
@@ -186,8 +184,7 @@ def end_of_turn(tokenizer) -> int | None:
     return after[0] if special and after[0] != tokenizer.eos_token_id else None
 
 def open_checkpoint(model: str, block: int = 0, weights: bool = False):
-    """What is known of a model without its weights -> Checkpoint, tokenizer, directory of its
-    adapter or None. Raises BadInput."""
+    """What is known of a model without its weights -> Checkpoint, tokenizer. Raises BadInput."""
     folder, adapter, base = find_folder(model, weights), None, model
     if (folder / "adapter_config.json").is_file():
         adapter, base = folder, base_of(folder)
@@ -204,7 +201,7 @@ def open_checkpoint(model: str, block: int = 0, weights: bool = False):
         if token is None or token >= about.config.vocab_size:
             raise BadInput(f"--model {model}: neither its config.json nor its tokenizer gives a "
                            f"{name} token of its vocabulary")
-    return about._replace(mask_id=mask_id, adapter=adapter, base=base), tokenizer, adapter
+    return about._replace(mask_id=mask_id, adapter=adapter, base=base), tokenizer
 
 # ----------------------------------------------------------------------------------- its weights
 def load_model(about: Checkpoint, dtype, quantize: str = "", device: str = "cpu"):
@@ -251,14 +248,14 @@ def load_network(model: str, device: str, *, block=0, train=False, lora_rank=0, 
     """A directory or the hub's owner/name -> network, tokenizer, Checkpoint. To train: with
     adapters if lora_rank, else all of it in float32; what is not trained is bfloat16 on a GPU.
     Raises BadInput unless it is a masked diffusion model of FAMILIES, every weight found."""
-    about, tokenizer, adapter = open_checkpoint(model, block, weights=True)
+    about, tokenizer = open_checkpoint(model, block, weights=True)
     half, full = torch.device(device).type == "cuda", train and not lora_rank
     dtype = torch.bfloat16 if half and not full else torch.float32
     net = load_model(about, dtype, quantize, device)
     if half and not full and not about.config.tie_word_embeddings:
         net.get_output_embeddings().float()                    # once, not in every call of logits
-    if adapter:
-        net = load_adapter(net, adapter, trainable=train and not full)
+    if about.adapter:
+        net = load_adapter(net, about.adapter, trainable=train and not full)
         net = net.merge_and_unload().requires_grad_(True) if full else net
     elif train and not full:
         net = add_adapter(net, lora_rank, lora_alpha, seed)
@@ -397,8 +394,8 @@ def merge(model: str, block: int, out: str):
     if os.path.lexists(path) or not path.parent.is_dir():
         raise BadInput(f"--merge {out!r}: " + ("exists already" if os.path.lexists(path) else
                                                f"there is no folder {path.parent}"))
-    about, tokenizer, adapter = open_checkpoint(model, block, weights=True)
-    if not adapter:
+    about, tokenizer = open_checkpoint(model, block, weights=True)
+    if not (adapter := about.adapter):
         raise BadInput(f"--merge: {model} holds no adapter; give the trained model: --model "
                        "runs/NAME")
     net = load_adapter(load_model(about, stored_dtype(about.folder)), adapter, trainable=False)

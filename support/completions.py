@@ -91,18 +91,18 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     """Grade the completions of a file again, ours or {question, completion, gold} as d1 publishes
     them; print the shares and what changed. Raises BadInput."""
     settings, rows = read_completions(path)
-    theirs = settings.get("task", task)
-    if not rows or theirs not in TASKS or theirs != (task or theirs):
-        raise BadInput(f"--regrade {path}: {len(rows) or 'no'} completions, of task {theirs!r}: "
+    asked, task = task, settings.get("task", task)
+    if not rows or task not in TASKS or task != (asked or task):
+        raise BadInput(f"--regrade {path}: {len(rows) or 'no'} completions, of task {task!r}: "
                        "--task tells which where the file does not")
-    settings = {**settings, "task": theirs, "regraded": str(path)}
+    settings = {**settings, "task": task, "regraded": str(path)}
     if out:
         open_completions(Path(out), settings, overwrite)
-    changed, groups, beside = [], {}, TASKS[theirs].beside
+    changed, groups, beside = [], {}, TASKS[task].beside
     for number, row in enumerate(rows, start=1):
         try:
-            example = row["example"] if "example" in row else TASKS[theirs].row(row)
-            new = {**row, **grade_row(theirs, row["completion"], example), "example": example}
+            example = row["example"] if "example" in row else TASKS[task].row(row)
+            new = {**row, **grade_row(task, row["completion"], example), "example": example}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"--regrade {path}, completion {number}: {type(error).__name__} {error}"
                            ) from None
@@ -113,14 +113,14 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     lines = []
     for (length, steps), graded in groups.items():
         n, solved = len(graded), sum(row["grade"] == 1 for row in graded)
-        share = percent({"solved": solved / n, "ci95": wilson(solved, n)})
         lines.append({"length": length, "steps": steps, "n": n, "solved": solved,
-                      "share (95 % interval)": share})
+                      "share (95 % interval)": percent(
+                          {"solved": solved / n, "ci95": wilson(solved, n)})})
         if beside:
             lines[-1][beside[0]] = f"{100 * sum(row[beside[0]] for row in graded) / n:.1f} %"
     print(table(lines), *changed[:20], sep="\n")
     if out:
-        kept = [{"settings": settings}, *(row for graded in groups.values() for row in graded)]
+        kept = sum(groups.values(), [{"settings": settings}])
         write_atomically(Path(out), lambda f: f.writelines(
             (json.dumps(row) + "\n").encode() for row in kept))
     return 0

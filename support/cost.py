@@ -40,8 +40,8 @@ def estimate(config, cfg, prompt_length: int, half: bool) -> dict:
     on other shapes (tests/measure/memory.py)."""
     h, inner, V = config.hidden_size, config.intermediate_size, config.vocab_size
     layers, L, C = config.num_hidden_layers, cfg.block_length, cfg.completion_length
-    width, S, frozen, tied = 2 if half else 4, prompt_length + C, cfg.lora_rank > 0, \
-        config.tie_word_embeddings
+    width, S = 2 if half else 4, prompt_length + C
+    frozen, tied = cfg.lora_rank > 0, config.tie_word_embeddings
     base, adapters = parameter_count(config), adapter_count(config, cfg.lora_rank)
     ends, full = h * V * (2 - tied), 0 if frozen else 4 * base     # embeddings and head
     weights = (base - ends) * (0.52 if cfg.quantize else width if frozen else 4)
@@ -109,9 +109,9 @@ def with_checkpointing(config, cfg, prompt_length: int, device: str):
         return cfg
     half, room = device.startswith("cuda"), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     room = torch.cuda.get_device_properties(device).total_memory if half else room
-    off, on = (dataclasses.replace(cfg, gradient_checkpointing=word) for word in ("off", "on"))
+    off = dataclasses.replace(cfg, gradient_checkpointing="off")
     fits = estimate(config, off, prompt_length, half)["total"] < 0.9 * room / 1e9
-    return off if fits else on
+    return off if fits else dataclasses.replace(cfg, gradient_checkpointing="on")
 
 def announce(config, cfg, prompt_length: int, device: str, processes: int) -> str:
     """The estimate in words. Raises BadInput if weights and optimizer alone do not fit the GPU."""
@@ -129,8 +129,8 @@ def announce(config, cfg, prompt_length: int, device: str, processes: int) -> st
     if cfg.gradient_checkpointing == "on":
         text += ", activations computed twice"
     if device.startswith("cuda"):
-        room, least = torch.cuda.get_device_properties(device).total_memory / 1e9, \
-            cost["weights"] + cost["trained"]
+        room = torch.cuda.get_device_properties(device).total_memory / 1e9
+        least = cost["weights"] + cost["trained"]
         if least > room:
             smaller = ("a larger GPU" if cfg.quantize else "--quantize 4bit" if cfg.lora_rank else
                        "--lora-rank 64")

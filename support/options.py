@@ -98,10 +98,11 @@ SFT = {                                # --sft: tiny models, others
     False: {"lr": 1e-5, "max_steps": 1000, "prompts": 16, "warmup": 20, "decay_steps": 1000}}
 GREEDY = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0,
           "top_p": 1.0}                # how models are evaluated, as in the paper
-WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # prefix, dual
+APPROXIMATE = ("prefix", "dual")       # of the caches
+WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # these
 MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass",
               "gradient_checkpointing", "compile", "report_to")                # on --resume
-CONTROLLED = {"threshold": "threshold", "entropy": "entropy_bound"}            # the sampler set
+CONTROLLED = {"threshold": "threshold", "entropy": "entropy_bound"}    # by which --unmasking
 CHOICES = {
     "task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
     "device": ("auto", "cpu", "cuda"), "position_term": ("on", "off"),
@@ -180,8 +181,10 @@ def numbers(text: str, name: str) -> list[int]:
 # ------------------------------------------------------------------------ settings before flags
 def made_here(model: str) -> str:
     """Which of TINY a model is, or was trained from; "" for others."""
-    if model in TINY or not Path(model).is_dir():
-        return model if model in TINY else ""
+    if model in TINY:
+        return model
+    if not Path(model).is_dir():
+        return ""
     folder = in_run(Path(model))
     if (folder / "adapter_config.json").is_file():
         folder = in_run(Path(base_of(folder)))
@@ -239,30 +242,29 @@ def with_model(cfg, given: dict):
         return dataclasses.replace(cfg, **{k: v for k, v in settings.items() if k not in given})
     if cfg.model == "tiny" and cfg.model_block:
         raise BadInput("--model-block: the model tiny attends both ways, tiny-block in blocks")
-    block, adapter = tiny_block(cfg), None
-    if cfg.model not in TINY:
-        checkpoint, _, adapter = open_checkpoint(cfg.model, cfg.model_block)
-        block = checkpoint.block
-    if adapter and cfg.lora_rank:
-        own = adapter_shape(adapter)
+    about = None if cfg.model in TINY else open_checkpoint(cfg.model, cfg.model_block)[0]
+    block = about.block if about else tiny_block(cfg)
+    if about and about.adapter and cfg.lora_rank:
+        own = adapter_shape(about.adapter)
         if other := [f"{flag(k)} {given[k]}" for k in own if given.get(k, own[k]) != own[k]]:
             raise BadInput(f"{other[0]}: the adapter in {cfg.model} has "
                            f"{', '.join(f'{k} {v}' for k, v in own.items())}; --lora-rank 0 trains "
                            "all weights")
         cfg = dataclasses.replace(cfg, **own)
     cache = given.get("cache", "block" if block else "none")
-    if cache in (("prefix", "dual") if block else ("block",)):
+    if cache in (APPROXIMATE if block else ("block",)):
         kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
         raise BadInput(f"--cache {cache}: {cfg.model} attends {kinds}")
     cfg = dataclasses.replace(cfg, cache=cache)
-    if cache in ("prefix", "dual") and cfg.method in ("agrpo", "exact"):
+    if cache in APPROXIMATE and cfg.method in ("agrpo", "exact"):
         cfg = unless_given(**WITH_CACHE)
     if not block and (cfg.method == "dipo" or cfg.update_block):
         needs = "--update-block" if cfg.update_block else "--method dipo"
         raise BadInput(f"{needs} needs a block-causal model (SDAR, --model tiny-block): "
                        f"{cfg.model} attends in both directions")
     C = cfg.completion_length
-    if cfg.controller != "off":                                # it may take any number of steps
+    controlled = cfg.controller != "off"
+    if controlled:                                             # it may take any number of steps
         rule, had = CONTROLLED[cfg.controller], saved_settings(cfg.model).get("controller", "off")
         if given.get("unmasking", rule) != rule:
             raise BadInput(f"--controller {cfg.controller} goes with --unmasking {rule}")
@@ -275,24 +277,20 @@ def with_model(cfg, given: dict):
     if other := {given.get(k, block) for k in ("block_length", "eval_block_length")} - {block, 0}:
         raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of "
                        f"{block}; leave it out")
-    steps = eval_steps = C
+    steps, eval_steps = C, str(cfg.eval_length or C)
     if made_here(cfg.model) and "completion_length" not in given:
         C = (-(-C // block) + 1) * block                       # the first is what the prompt left
-        halves = [C >> k for k in range(3) if block % 2**k == 0]
+        halves = [C >> k for k in range(1 if controlled else 3) if block % 2**k == 0]
         steps, eval_steps = halves[:2][-1], ",".join(map(str, halves))
-        if cfg.controller != "off":
-            steps, eval_steps = C, C
-    elif cfg.eval_length:
-        eval_steps = cfg.eval_length
     return unless_given(block_length=block, eval_block_length=block, shrink=1, completion_length=C,
-                        steps=steps, eval_steps=str(eval_steps))
+                        steps=steps, eval_steps=eval_steps)
 
 def for_evaluation(cfg):
     """cfg with the greedy sampler, or the controller's, and the shape to evaluate with."""
     at = dataclasses.replace(
         cfg, completion_length=cfg.eval_length or cfg.completion_length,
         block_length=cfg.eval_block_length or cfg.block_length,
-        cache="none" if cfg.cache in ("prefix", "dual") else cfg.cache, **GREEDY)
+        cache="none" if cfg.cache in APPROXIMATE else cfg.cache, **GREEDY)
     if cfg.controller == "off":
         return at
     return dataclasses.replace(at, unmasking=CONTROLLED[cfg.controller], controller_sigma=1e-9)
@@ -363,9 +361,9 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          f"--model {cfg.model} speaks {speak} only (tasks with generate and lazy): --task "
          f"{cfg.task} needs --model DIR")
     at, C = for_evaluation(cfg), cfg.completion_length
-    for length, L, all_steps in ((C, cfg.block_length, [cfg.steps] if training else []),
-                                 (at.completion_length, at.block_length,
-                                  numbers(cfg.eval_steps, "--eval-steps"))):
+    for part, all_steps in ((cfg, [cfg.steps] if training else []),
+                            (at, numbers(cfg.eval_steps, "--eval-steps"))):
+        length, L = part.completion_length, part.block_length
         need(length % L == 0, f"completion length {length} is not a multiple of --block-length {L}")
         fit = [n for n in range(length, 0, -1) if length % n == 0 and n * L % length == 0]
         for steps in all_steps:
@@ -380,8 +378,7 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
         need(getattr(cfg, name) <= 1, f"{flag(name)} must be at most 1")
     for name in ("overlong_from", "prompt_masking"):
         need(getattr(cfg, name) < 1, f"{flag(name)} must be below 1")
-    for name in ("temperature", "tau_pos"):
-        value = getattr(cfg, name)
+    for name, value in (("temperature", cfg.temperature), ("tau_pos", cfg.tau_pos)):
         need(1e-3 <= value <= 1e3 or value == 0 == cfg.temperature,
              f"{flag(name)} {value} must be between 0.001 and 1000")
     need(not cfg.test_data or cfg.data or TASKS[cfg.task].hub, "--test-data goes with --data")
@@ -406,7 +403,7 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          "--sft trains no controller and no value model")
     if not training:
         return check_goes_with(cfg, given)
-    cached = cfg.cache in ("prefix", "dual")
+    cached = cfg.cache in APPROXIMATE
     need(cfg.position_term == "off" or not order_term or published.get("position_term") != "off",
          f"--position-term on goes with states as the sampler saw them (agrpo, exact), --method "
          f"{cfg.method} scores tokens only")

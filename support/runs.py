@@ -163,8 +163,8 @@ def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
 
 def write_log(path: Path, rows: list[dict]):
     """All rows of a log.csv, whole or not at all."""
-    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)] if rows else []
-    write_atomically(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+    lines = [",".join(line) + "\n" for line in (*rows[:1], *map(dict.values, rows))]
+    write_atomically(path, lambda f: f.write("".join(lines).encode()))
 
 def append_log(path: Path, row: dict):
     """One row more; the first brings the header."""
@@ -183,8 +183,7 @@ def tracker(cfg, folder: Path):
     accelerator = Accelerator(cpu=cfg.device == "cpu", log_with=cfg.report_to, project_dir=folder)
     accelerator.init_trackers("agrpo", dataclasses.asdict(cfg))
     try:
-        yield lambda row: accelerator.log(
-            {k: v for k, v in row.items() if not isinstance(v, str)}, step=row["step"])
+        yield lambda row: accelerator.log(row, step=row["step"])
     finally:
         accelerator.end_training()
 
@@ -325,9 +324,9 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     print(f"\n{cfg.task}, {base[0]['n']} held-out examples, greedy: solved (95 % interval)")
     lines = []
     for b, t in zip(base, trained):
-        moved = abs(b["nfe"] - t["nfe"]) > 0.05
-        nfe = f"{b['nfe']:.1f} -> {t['nfe']:.1f}" if moved else f"{t['nfe']:.1f}"
-        lines.append({"steps": b["steps"], "NFE": nfe, "base": percent(b), "trained": percent(t)})
+        was = f"{b['nfe']:.1f} -> " if abs(b["nfe"] - t["nfe"]) > 0.05 else ""
+        lines.append({"steps": b["steps"], "NFE": f"{was}{t['nfe']:.1f}", "base": percent(b),
+                      "trained": percent(t)})
     print(table(lines))
     figure = "curve" if rows else "frontier"
     print(f"{len(rows)} training step{'s' * (len(rows) != 1)}, {seconds['total']:.0f} s in all. "
