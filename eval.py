@@ -13,9 +13,9 @@ import hashlib
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from support.completions import (bootstrap, grade_row, locked_completions, open_
 from support.data import held_out, load_examples, load_split
 from support.figures import plot_frontier
 from support.processes import once, say
-from support.runs import percent, table
+from support.runs import need, percent, table
 
 def evaluate(complete, task: str, examples: list, batch: int = 256, samples: int = 1, done=None,
              save=None) -> dict:
@@ -84,9 +84,11 @@ def summary(task: str, rows: list[dict]) -> dict:
 
 def vote(rows: list[dict]) -> bool:
     """Whether the answer given most often is right; of equals the one given first."""
-    counts = Counter(row["answer"] for row in rows if row["answer"] is not None)
-    first = counts.most_common(1)
-    return bool(first) and next(row["grade"] == 1 for row in rows if row["answer"] == first[0][0])
+    answers = [row["answer"] for row in rows if row["answer"] is not None]
+    if not answers:
+        return False
+    first = statistics.mode(answers)
+    return next(row["grade"] == 1 for row in rows if row["answer"] == first)
 
 def trained_on(cfg, examples: list) -> int:
     """How many examples of a file the model's own run was trained on (a fifth was held out)."""
@@ -102,17 +104,16 @@ def trained_on(cfg, examples: list) -> int:
 def report_evaluation(task: str, name: str, settings: dict, results: list[dict], out: Path):
     """The table on the screen; beside the completions the results (.json) and, of several, the
     frontier (.png)."""
-    rows, beside = [], TASKS[task].beside
+    rows = []
     for r in results:
         row = {"length": r["length"], "steps": r["steps"], "NFE": f"{r['nfe']:.1f}",
                "tokens/NFE": f"{r['tokens_per_nfe']:.2f}", "solved (95 % interval)": percent(r),
                "n": r["n"]}
         if "k" in r:
             row |= {f"pass@{r['k']}": percent(r["pass_at_k"]), "majority": percent(r["majority"])}
-        if beside:
-            row[beside[0]] = f"{100 * r['beside']:.1f} %"
-        if "held_out" in r:
-            held = r["held_out"]
+        if "beside" in r:
+            row[TASKS[task].beside[0]] = f"{100 * r['beside']:.1f} %"
+        if held := r.get("held_out"):
             row["solved, class never trained on"] = f"{100 * held['solved']:.1f} % of {held['n']}"
         rows.append({**row, "seconds": f"{r['seconds']:.1f}"})
     print(table(rows))
@@ -150,11 +151,11 @@ def settings_of(given: dict, flags) -> tuple:
     BadInput before any work."""
     path = checkpoints.in_run(Path(settle(given, {"temperature"}).model))
     known = options.saved_settings(str(path))
-    task = given.get("task") or str(known.get("task", "sudoku"))
+    task = given.get("task", str(known.get("task", "sudoku")))
     had = str(known.get("controller", "off"))
-    controller = given.get("controller") or had
-    if controller not in ("off", had):
-        raise BadInput(f"--controller {controller}: {path} has {'none' if had == 'off' else had}")
+    controller = given.get("controller", had)
+    need(controller in ("off", had),
+         f"--controller {controller}: {path} has {'none' if had == 'off' else had}")
     if controller != "off" and (idle := {"unmasking", "threshold", "entropy_bound"} & given.keys()):
         raise BadInput(f"{options.flag(sorted(idle)[0])}: the controller of {path}, {controller}, "
                        "sets it; --controller off leaves it aside")
@@ -168,11 +169,10 @@ def settings_of(given: dict, flags) -> tuple:
         fixed = {**shape, **whole, **given}                    # as it was evaluated in training
     cfg = options.with_model(dataclasses.replace(cfg, **fixed, rollout_batch=flags.batch), fixed)
     cfg = dataclasses.replace(options.for_evaluation(cfg), **given, **whole)
-    if not 0 < flags.samples < 10**6 or not 0 <= flags.limit <= 10**5 or flags.batch < 1:
-        raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000")
-    if flags.samples > 1 and cfg.temperature == 0 and cfg.unmasking != "random":
-        raise BadInput(f"--samples {flags.samples} of a greedy sampler are all the same: give a "
-                       "--temperature")
+    need(0 < flags.samples < 10**6 and 0 <= flags.limit <= 10**5 and flags.batch > 0,
+         "--samples and --batch must be at least 1, --limit 0 to 100000")
+    need(flags.samples == 1 or cfg.temperature > 0 or cfg.unmasking == "random",
+         f"--samples {flags.samples} of a greedy sampler are all the same: give a --temperature")
     all_lengths = options.numbers(flags.lengths or str(cfg.completion_length), "--lengths")
     all_steps = options.numbers(flags.steps or cfg.eval_steps, "--steps")
     shapes = [(length, steps) for length in all_lengths for steps in all_steps]
@@ -206,9 +206,9 @@ def run(given: dict, flags) -> int:
     out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{key}.jsonl")
     with locked_completions(out, settings, flags.overwrite) as (stored, f):
         stored = [row for row in stored if row["index"] < len(examples)]
-        if any(row["example"] != examples[row["index"]] for row in stored):
-            raise BadInput(f"{out} holds completions of other examples: --overwrite replaces them, "
-                           "--out FILE.jsonl goes elsewhere")
+        need(all(row["example"] == examples[row["index"]] for row in stored),
+             f"{out} holds completions of other examples: --overwrite replaces them, --out "
+             "FILE.jsonl goes elsewhere")
         for length, steps in shapes:
             at = dataclasses.replace(cfg, completion_length=length, steps=steps)
             shape = {"length": length, "steps": steps}
@@ -297,9 +297,9 @@ def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) 
     if cfg.model not in options.TINY:
         about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
         used = (about.folder, about.adapter or about.folder)
-        if overwrite and any(folder.resolve() in place.resolve().parents for place in used):
-            raise BadInput(f"--overwrite would delete {cfg.model}, the model to begin with: --name "
-                           "NAME starts another run")
+        within = any(folder.resolve() in place.resolve().parents for place in used)
+        need(not (overwrite and within), f"--overwrite would delete {cfg.model}, the model to "
+             "begin with: --name NAME starts another run")
         context, mask_id = about.config.max_position_embeddings, about.mask_id
         length = check_context(about.config, tokenizer, cfg, examples + heldout)
         device = options.device_for(cfg)

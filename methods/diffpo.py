@@ -21,9 +21,9 @@ import agrpo
 from methods.diffu_grpo import counted
 from methods.samplers import EASE, LEVEL
 from methods.scored import score
-from rewards import BadInput
 from support.checkpoints import load_extra
 from support.options import CONTROLLED
+from support.runs import need
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -74,8 +74,8 @@ def add_controller(policy, cfg, about, train: bool):
     policy.controller = torch.nn.Linear(head.shape[1], 1, device=head.device)
     torch.nn.init.zeros_(policy.controller.weight)
     torch.nn.init.constant_(policy.controller.bias, EASE[CONTROLLED[cfg.controller]](cfg))
-    if not load_extra(policy.controller, folder / "controller.safetensors") and not train:
-        raise BadInput(f"--controller {cfg.controller}: {folder} has no controller.safetensors")
+    need(load_extra(policy.controller, folder / "controller.safetensors") or train,
+         f"--controller {cfg.controller}: {folder} has no controller.safetensors")
 
 def ease_mean(policy, prompt, prompt_mask, C: int) -> Tensor:
     """mu (N,) in float64, read from the prompt before an empty completion."""

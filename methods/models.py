@@ -8,9 +8,10 @@ import agrpo
 from methods import (ROWS, caches, diffpo, diffu_grpo, dipo, join, rows_of, samplers, scored, to,
                      tracerl)
 from methods.sft import train_base
-from rewards import BadInput, grade, overlong, prompt_for, read_weights, reward_parts
+from rewards import grade, overlong, prompt_for, read_weights, reward_parts
 from support import checkpoints, options, tiny
 from support.processes import once
+from support.runs import need
 
 OWNERS = {                             # whose settings they are; --help shows the first four
     "run": options.Run, "method": agrpo.Config, "evaluation": options.Evaluation,
@@ -63,10 +64,7 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
     """cfg.model -> policy, tokenizer, on their device. Raises BadInput."""
     device = options.device_for(cfg)
     model = once(tiny_base, cfg, device, rebuild) if cfg.model in options.TINY else cfg.model
-    net, tokenizer, about = checkpoints.load_network(
-        model, device, block=cfg.model_block, train=train, lora_rank=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha, seed=cfg.seed, quantize=cfg.quantize,
-        checkpointing=cfg.gradient_checkpointing == "on")
+    net, tokenizer, about = checkpoints.load_network(model, device, cfg, train)
     if cfg.compile == "on":
         decoder = net.get_decoder()
         decoder.forward = torch.compile(decoder.forward, dynamic=True)
@@ -84,9 +82,8 @@ def check_context(config, tokenizer, cfg, examples: list) -> int:
     length = checkpoints.encode_prompts(tokenizer, [
         prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])[0].shape[1]
     longest, room = max(cfg.completion_length, cfg.eval_length), config.max_position_embeddings
-    if length + longest > room:
-        raise BadInput(f"the longest prompt has {length} tokens, a completion {longest}; the "
-                       f"context is {room}")
+    need(length + longest <= room, f"the longest prompt has {length} tokens, a completion "
+         f"{longest}; the context is {room}")
     return length
 
 def lengths(traj, policy) -> Tensor:

@@ -21,8 +21,7 @@ def score(policy, traj, views, cfg) -> tuple[Tensor, Tensor | None]:
     for part in agrpo.micro_batches(views.select(mine), cfg):
         some = views.select(mine[part])
         logp, order_logp = agrpo.step_logp(policy, traj, some, cfg)
-        dense = torch.zeros(some.target.shape, dtype=torch.float64, device=device)
-        dense.masked_scatter_(some.target, logp.double())
+        dense = some.target.double().masked_scatter(some.target, logp.double())
         found.append([x if x is None else x.cpu() for x in (mine[part], dense, order_logp)])
     found = agrpo.gather(found)
     if not found:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 import agrpo
 from methods.dipo import packed
-from rewards import TASKS, BadInput, gold_completion, prompt_for
+from rewards import TASKS, gold_completion, prompt_for
 from support.checkpoints import encode_prompts, end_of_turn
 from support.data import load_examples, read_pairs
 from support.processes import say
+from support.runs import need
 
 def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
     """(n, C): each answer, the end of its turn where there is one, then EOS to the end. Raises
@@ -25,9 +26,8 @@ def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
     for i, text in enumerate(texts):
         answer = tokenizer(text, add_special_tokens=False)["input_ids"]
         answer += [] if policy.turn_id is None else [policy.turn_id]
-        if len(answer) > C:
-            raise BadInput(f"--completion-length {C}: an answer has {len(answer)} tokens, "
-                           f"{text[:60]!r}")
+        need(len(answer) <= C,
+             f"--completion-length {C}: an answer has {len(answer)} tokens, {text[:60]!r}")
         tokens[i, :len(answer)] = torch.tensor(answer)
     return tokens
 
@@ -97,8 +97,8 @@ def step_with(tokenizer):
         clock, total = time.perf_counter(), 0.0
         (rank, world), device = agrpo.processes(), next(policy.model.parameters()).device
         batch = agrpo.batch_of_examples(examples, step, cfg)
-        ids, prompt_mask = encode_prompts(tokenizer, [row["prompt"] for row in batch])
-        texts = [row["answer"] for row in batch]
+        prompts, texts = zip(*[(row["prompt"], row["answer"]) for row in batch])
+        ids, prompt_mask = encode_prompts(tokenizer, prompts)
         tokens = encode_answers(tokenizer, texts, cfg.completion_length, policy)
         block, g = getattr(policy, "block", 0), agrpo.generator("sft", cfg.seed, step)
         rows = ids, prompt_mask, tokens, *noise(tokens, block, prompt_mask, g)
@@ -129,18 +129,16 @@ def sft_examples(tokenizer, cfg, examples: list, context: int, mask_id: int) -> 
     answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
     never = {mask_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     for number, (row, ids) in enumerate(zip(rows, answers), start=1):
-        if never & set(ids):
-            raise BadInput(f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of "
-                           f"the end, or what the model has no token for, {row['answer'][:60]!r}")
+        need(never.isdisjoint(ids),
+             f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of the end, or what "
+             f"the model has no token for, {row['answer'][:60]!r}")
     C = cfg.completion_length
     short = [row for row, ids in zip(rows, answers) if len(ids) + ended <= C]
     if len(short) < len(rows):
         say(f"left out: {len(rows) - len(short)} of {len(rows)} answers, of more than {C} tokens")
-    if not short:
-        raise BadInput(f"--completion-length {C}: all answers of --sft {cfg.sft} are longer, the "
-                       f"shortest has {min(map(len, answers)) + ended} tokens")
+    need(short, f"--completion-length {C}: all answers of --sft {cfg.sft} are longer, the shortest "
+         f"has {min(map(len, answers)) + ended} tokens")
     longest = encode_prompts(tokenizer, [row["prompt"] for row in short])[0].shape[1]
-    if longest + C > context:
-        raise BadInput(f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a completion "
-                       f"{C}; the context is {context}")
+    need(longest + C <= context, f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a "
+         f"completion {C}; the context is {context}")
     return short

@@ -53,8 +53,8 @@ class ValueModel(torch.nn.Module):
             own = [p for p in self.body.model.parameters() if p.requires_grad]
         embeddings = policy.model.get_output_embeddings().weight
         self.head = torch.nn.Linear(embeddings.shape[1], 1, device=embeddings.device)
-        torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
+        for p in self.head.parameters():
+            torch.nn.init.zeros_(p)
         self.own = [*self.head.parameters(), *own]
         self.switch("default")
 
@@ -85,7 +85,7 @@ class ValueModel(torch.nn.Module):
     @torch.no_grad()
     def of(self, traj, views, cfg) -> Tensor:
         """(N, C), zero where no view has a target."""
-        value = torch.zeros(traj.tokens.shape, dtype=torch.float64, device=traj.tokens.device)
+        value = torch.zeros_like(traj.tokens, dtype=torch.float64)
         with self.on():
             for part in map(views.select, agrpo.micro_batches(views, cfg)):
                 n, position = part.target.nonzero(as_tuple=True)

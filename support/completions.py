@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards import TASKS, BadInput, grade
-from support.runs import percent, refusing, table, write_atomically
+from support.runs import need, percent, refusing, table, write_atomically
 
 HEADER = '{"settings": '               # how the first line of our files begins
 
@@ -30,20 +30,17 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
     """The rows of a file that was made with these settings, none of a new one, which is made.
     Raises BadInput if it was made with others (unless they may be overwritten), is no file of ours
     (never overwritten), or cannot be written."""
-    if path.suffix != ".jsonl":
-        raise BadInput(f"--out {path}: must be a .jsonl file")
+    need(path.suffix == ".jsonl", f"--out {path}: must be a .jsonl file")
     with refusing(f"--out {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as f:
             if f.tell() == 0:
                 return []
     known, rows = read_completions(path)
-    if not known:
-        raise BadInput(f"--out {path}: there is such a file, and this program did not make it")
+    need(known, f"--out {path}: there is such a file, and this program did not make it")
     other = ", ".join(k for k in settings if known.get(k) != settings[k])
-    if other and not overwrite:
-        raise BadInput(f"{path} was made with another {other}: --overwrite replaces it, --out "
-                       "FILE.jsonl goes elsewhere")
+    need(overwrite or not other, f"{path} was made with another {other}: --overwrite replaces it, "
+         "--out FILE.jsonl goes elsewhere")
     return [] if overwrite else rows
 
 @contextlib.contextmanager
@@ -92,9 +89,9 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     them; print the shares and what changed. Raises BadInput."""
     settings, rows = read_completions(path)
     asked, task = task, settings.get("task", task)
-    if not rows or task not in TASKS or task != (asked or task):
-        raise BadInput(f"--regrade {path}: {len(rows) or 'no'} completions, of task {task!r}: "
-                       "--task tells which where the file does not")
+    need(rows and task in TASKS and asked in ("", task),
+         f"--regrade {path}: {len(rows) or 'no'} completions, of task {task!r}: --task tells which "
+         "where the file does not")
     settings = {**settings, "task": task, "regraded": str(path)}
     if out:
         open_completions(Path(out), settings, overwrite)

@@ -4,7 +4,7 @@ import math
 import os
 import resource
 import sys
-import time
+import timeit
 import traceback
 
 import torch
@@ -95,12 +95,9 @@ def states_scored(cfg) -> float:
 def matmul_rate(device: str) -> float:
     """Operations per second of a large matrix product: bfloat16 on a GPU, float32 else."""
     n, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
-    a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
-    for _ in range(5):
-        clock = time.perf_counter()
-        float((a @ a)[0, 0])                                   # waits for it
-        best = min(best, time.perf_counter() - clock)
-    return 2 * n**3 / best
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    seconds = timeit.repeat(lambda: float((a @ a)[0, 0]), number=1)        # float waits for it
+    return 2 * n**3 / min(seconds)
 
 def with_checkpointing(config, cfg, prompt_length: int, device: str):
     """cfg with gradient_checkpointing auto decided: on where the update would otherwise not fit the

@@ -20,7 +20,7 @@ from support.checkpoints import (adapter_shape, base_of, check_model_exists, in_
                                  open_checkpoint)
 from support.cost import SMALL, parameter_count
 from support.data import check_files
-from support.runs import read_json
+from support.runs import need, read_json
 
 TINY = ("tiny", "tiny-block")          # models made here
 LLADA = "GSAI-ML/LLaDA-8B-Instruct"    # what the tasks without a tiny model start from
@@ -112,11 +112,10 @@ CHOICES = {
     "kl_reference": ("base", "old"), "controller": ("off", *CONTROLLED),
     "controller_training": ("joint", "alone"),
     "report_to": ("", "tensorboard", "wandb", "trackio")}      # and the tables of agrpo.py
-MAY_BE_ZERO = {
-    "seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup",
-    "decay_steps", "weight_decay", "eval_every", "base_lazy", "lora_rank", "eval_length",
-    "eval_block_length", "model_block", "dynamic_sampling", "clip_high", "kl", "prompt_masking",
-    "importance_cap", "truncation", "update_block", "gamma", "lam", "alpha"}
+MAY_BE_ZERO = {                        # beside those that are 0 by default
+    "max_steps", "entropy_bound", "overlong_from", "warmup", "weight_decay", "eval_every",
+    "base_lazy", "dynamic_sampling", "prompt_masking", "importance_cap", "truncation", "gamma",
+    "lam", "alpha"}
 
 def flag(name: str) -> str:
     """max_steps -> --max-steps"""
@@ -165,17 +164,15 @@ def check_values(cfg, choices: dict, may_be_zero: set):
             words = ", ".join(filter(None, rows))
             raise BadInput(f"unknown {flag(field.name)} {value!r}: one of {words}")
         if field.type in (int, float):
-            if value >= 2**31:
-                raise BadInput(f"{flag(field.name)} is too large")
-            zero = field.name in may_be_zero
-            if not (value > 0 or value == 0 and zero):         # nan is neither
-                least = "at least" if zero else "above"
-                raise BadInput(f"{flag(field.name)} {value} must be {least} 0")
+            need(not value >= 2**31, f"{flag(field.name)} is too large")
+            zero = field.default == 0 or field.name in may_be_zero
+            least = "at least" if zero else "above"            # nan is neither
+            need(value > 0 or value == 0 and zero, f"{flag(field.name)} {value} must be {least} 0")
 
 def numbers(text: str, name: str) -> list[int]:
     """"16,8" -> [16, 8], each once. Raises BadInput."""
-    if not re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", text):
-        raise BadInput(f"{name} {text!r}: numbers separated by commas")
+    need(re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", text),
+         f"{name} {text!r}: numbers separated by commas")
     return list(dict.fromkeys(map(int, text.split(","))))
 
 # ------------------------------------------------------------------------ settings before flags
@@ -200,8 +197,7 @@ def saved_settings(model: str) -> dict:
 def before_flags(given: dict, published: dict) -> dict:
     """What the task, the kind of model, the method (published: as it is in the literature), the
     preset and the GPU's memory ask for."""
-    task, preset, sft = (given.get(name, "") for name in ("task", "preset", "sft"))
-    task = task or "sudoku"
+    task, preset = given.get("task", "sudoku"), given.get("preset", "")
     model = given.get("model") or ("tiny" if TASKS[task].speaks_tiny else LLADA)
     if model not in TINY:
         check_model_exists(model)
@@ -218,7 +214,7 @@ def before_flags(given: dict, published: dict) -> dict:
         settings["shrink"] = 2                                 # 8 of 128 would be half a step of 8
     if kind or preset.endswith("gb"):
         settings |= PRESETS[preset]
-    return settings | (SFT[bool(kind)] if sft else {})
+    return settings | (SFT[bool(kind)] if given.get("sft") else {})
 
 def with_prompt(cfg):
     """The prompt settled: the one given, else the one this checkpoint was trained with here, else
@@ -240,8 +236,8 @@ def with_model(cfg, given: dict):
     need_gpu(cfg)
     def unless_given(**settings):
         return dataclasses.replace(cfg, **{k: v for k, v in settings.items() if k not in given})
-    if cfg.model == "tiny" and cfg.model_block:
-        raise BadInput("--model-block: the model tiny attends both ways, tiny-block in blocks")
+    need(cfg.model != "tiny" or not cfg.model_block,
+         "--model-block: the model tiny attends both ways, tiny-block in blocks")
     about = None if cfg.model in TINY else open_checkpoint(cfg.model, cfg.model_block)[0]
     block = about.block if about else tiny_block(cfg)
     if about and about.adapter and cfg.lora_rank:
@@ -252,24 +248,24 @@ def with_model(cfg, given: dict):
                            "all weights")
         cfg = dataclasses.replace(cfg, **own)
     cache = given.get("cache", "block" if block else "none")
-    if cache in (APPROXIMATE if block else ("block",)):
-        kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
-        raise BadInput(f"--cache {cache}: {cfg.model} attends {kinds}")
+    kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
+    need(cache not in (APPROXIMATE if block else ("block",)),
+         f"--cache {cache}: {cfg.model} attends {kinds}")
     cfg = dataclasses.replace(cfg, cache=cache)
     if cache in APPROXIMATE and cfg.method in ("agrpo", "exact"):
         cfg = unless_given(**WITH_CACHE)
-    if not block and (cfg.method == "dipo" or cfg.update_block):
-        needs = "--update-block" if cfg.update_block else "--method dipo"
-        raise BadInput(f"{needs} needs a block-causal model (SDAR, --model tiny-block): "
-                       f"{cfg.model} attends in both directions")
+    needs = "--update-block" if cfg.update_block else "--method dipo"
+    need(block or cfg.method != "dipo" and not cfg.update_block,
+         f"{needs} needs a block-causal model (SDAR, --model tiny-block): {cfg.model} attends in "
+         "both directions")
     C = cfg.completion_length
     controlled = cfg.controller != "off"
     if controlled:                                             # it may take any number of steps
         rule, had = CONTROLLED[cfg.controller], saved_settings(cfg.model).get("controller", "off")
-        if given.get("unmasking", rule) != rule:
-            raise BadInput(f"--controller {cfg.controller} goes with --unmasking {rule}")
-        if had not in ("off", cfg.controller):
-            raise BadInput(f"--controller {cfg.controller}: {cfg.model} has another kind, {had}")
+        need(given.get("unmasking", rule) == rule,
+             f"--controller {cfg.controller} goes with --unmasking {rule}")
+        need(had in ("off", cfg.controller),
+             f"--controller {cfg.controller}: {cfg.model} has another kind, {had}")
         cfg = unless_given(unmasking=rule, steps=C, position_term="off",
                            eval_steps=str(cfg.eval_length or C))
     if not block:
@@ -311,12 +307,11 @@ def need_gpu(cfg):
     small = local and parameter_count(
         open_checkpoint(cfg.model, cfg.model_block)[0].config) < SMALL
     asked = not local and cfg.device == "cpu" and cfg.model != LLADA
-    if device_for(cfg) == "cpu" and not small and not asked:
-        raise BadInput(
-            f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters "
-            "with adapters), and there is none here. Here runs: python agrpo.py --task sudoku (a "
-            "tiny model, minutes; of your own tasks, those with generate and lazy), or --model DIR "
-            "--device cpu with a checkpoint below 1 billion parameters (the README makes one)")
+    need(small or asked or device_for(cfg) != "cpu",
+         f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with "
+         "adapters), and there is none here. Here runs: python agrpo.py --task sudoku (a tiny "
+         "model, minutes; of your own tasks, those with generate and lazy), or --model DIR "
+         "--device cpu with a checkpoint below 1 billion parameters (the README makes one)")
 
 GOES_WITH = (                          # settings, and what they act with only
     ("mc_steps timesteps", "--method agrpo"),
@@ -346,14 +341,11 @@ def check_goes_with(cfg, given):
     """Raises BadInput for a setting given that would not act."""
     for names, words, *rule in GOES_WITH:
         for name in set(names.split()) & set(given):
-            if not (rule[0](cfg) if rule else is_set(cfg, words)):
-                raise BadInput(f"{flag(name)} {getattr(cfg, name)} goes with {words}")
+            need(rule[0](cfg) if rule else is_set(cfg, words),
+                 f"{flag(name)} {getattr(cfg, name)} goes with {words}")
 
 def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), training=True):
     """Raises BadInput with one line for any setting that cannot work, before any work."""
-    def need(holds, message):
-        if not holds:
-            raise BadInput(message)
     zero = MAY_BE_ZERO | (set() if training else {"temperature"})
     check_values(cfg, {**CHOICES, **choices}, zero)
     speak = " and ".join(name for name, task in TASKS.items() if task.speaks_tiny)
@@ -397,13 +389,12 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          f"--quantize {cfg.quantize} needs a GPU, bitsandbytes and adapters (--lora-rank 64)")
     need(not cfg.report_to or find_spec(cfg.report_to),
          f"--report-to {cfg.report_to}: the package {cfg.report_to} is not installed")
-    need(not cfg.sft or cfg.sft == "gold" or Path(cfg.sft).is_file(),
+    need(cfg.sft in ("", "gold") or Path(cfg.sft).is_file(),
          f"--sft {cfg.sft}: gold, or a file of prompts and completions")
     need(not cfg.sft or cfg.controller == cfg.value_model == "off",
          "--sft trains no controller and no value model")
     if not training:
         return check_goes_with(cfg, given)
-    cached = cfg.cache in APPROXIMATE
     need(cfg.position_term == "off" or not order_term or published.get("position_term") != "off",
          f"--position-term on goes with states as the sampler saw them (agrpo, exact), --method "
          f"{cfg.method} scores tokens only")
@@ -413,22 +404,23 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
     need(cfg.controller == "off" or cfg.value_model == "off" and not cfg.update_block
          and cfg.method != "dipo" or cfg.method == "dipo" and not cfg.dynamic_sampling,
          "--controller goes without --value-model, --update-block and --dynamic-sampling")
-    need(not cached or cfg.controller == cfg.value_model == "off" and not cfg.sft,
-         f"--cache {cfg.cache} goes without --controller, --value-model, --sft")
-    need(not cached or cfg.method in ("agrpo", "exact")
-         or cfg.method == "tracerl" and cfg.shrink == 1,
-         f"--cache {cfg.cache} goes with states as the sampler saw them (agrpo, exact, tracerl "
-         "--shrink 1)")
-    whole = cached and cfg.importance_cap and cfg.importance_level == "completion"
-    need(not whole or cfg.normalizer != "last_step",
-         "--normalizer last_step counts only a part of the steps, whole completions are weighted "
-         "by all: --normalizer steps, or --importance-level step")
-    need(not whole or cfg.method != "agrpo" or cfg.timesteps == "independent_gradient",
-         f"--timesteps {cfg.timesteps} with --cache {cfg.cache}: --timesteps independent_gradient "
-         "(whole completions are weighted by steps drawn so), or --importance-level step")
-    need(not cached or cfg.position_term == "off" or not order_term or whole,
-         f"--position-term on with --cache {cfg.cache} needs weights of whole completions: "
-         "--importance-level completion and --importance-cap above 0, or --position-term off")
+    if cfg.cache in APPROXIMATE:
+        need(cfg.controller == cfg.value_model == "off" and not cfg.sft,
+             f"--cache {cfg.cache} goes without --controller, --value-model, --sft")
+        need(cfg.method in ("agrpo", "exact") or cfg.method == "tracerl" and cfg.shrink == 1,
+             f"--cache {cfg.cache} goes with states as the sampler saw them (agrpo, exact, tracerl "
+             "--shrink 1)")
+        whole = cfg.importance_cap and cfg.importance_level == "completion"
+        need(not whole or cfg.normalizer != "last_step",
+             "--normalizer last_step counts only a part of the steps, whole completions are "
+             "weighted by all: --normalizer steps, or --importance-level step")
+        need(not whole or cfg.method != "agrpo" or cfg.timesteps == "independent_gradient",
+             f"--timesteps {cfg.timesteps} with --cache {cfg.cache}: --timesteps "
+             "independent_gradient (whole completions are weighted by steps drawn so), or "
+             "--importance-level step")
+        need(whole or cfg.position_term == "off" or not order_term,
+             f"--position-term on with --cache {cfg.cache} needs weights of whole completions: "
+             "--importance-level completion and --importance-cap above 0, or --position-term off")
     check_goes_with(cfg, given)
 
 def default_name(cfg) -> str:

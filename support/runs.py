@@ -37,6 +37,11 @@ def first_line(error: Exception) -> str:
     lines = lines or [type(error).__name__]
     return " ".join(lines[:2 if lines[0].endswith(":") else 1])
 
+def need(holds, message: str):
+    """Raises BadInput with the message unless the condition holds."""
+    if not holds:
+        raise BadInput(message)
+
 @contextlib.contextmanager
 def refusing(what: str):
     """Within `with`, an error of a library, whatever its kind, is BadInput: what, and why in one
@@ -52,9 +57,9 @@ def read_json(path: Path, kind: type = dict):
     """The object in a JSON file. Raises BadInput if there is none of this kind."""
     with refusing(f"cannot read {path}"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(value, kind) or not value:
-        what = "object" if kind is dict else "list"
-        raise BadInput(f"cannot read {path}: not a JSON {what} with something in it")
+    what = "object" if kind is dict else "list"
+    need(isinstance(value, kind) and value,
+         f"cannot read {path}: not a JSON {what} with something in it")
     return value
 
 def write_json(path: Path, value):
@@ -65,26 +70,23 @@ def read_settings(path: Path, settings: type):
     """The settings that a run kept. Raises BadInput."""
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     known = {k: v for k, v in read_json(path).items() if k in kinds}
-    if known.get("task") not in TASKS or any(type(v) is not kinds[k] for k, v in known.items()):
-        raise BadInput(f"{path} is not the configuration of a run")
+    need(known.get("task") in TASKS and all(type(v) is kinds[k] for k, v in known.items()),
+         f"{path} is not the configuration of a run")
     return settings(**known)
 
 def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwrite: bool):
     """Raises BadInput if the folder holds something already, or, to be resumed, no run or one of
     other settings."""
-    if folder.parent.exists() and not folder.parent.is_dir():
-        raise BadInput(f"{folder.parent} is not a folder")
+    need(folder.parent.is_dir() or not folder.parent.exists(), f"{folder.parent} is not a folder")
+    need(not (resume and overwrite), "--resume and --overwrite contradict each other")
     is_run = (folder / "config.json").is_file() and not folder.is_symlink()
-    if resume and overwrite:
-        raise BadInput("--resume and --overwrite contradict each other")
-    if resume and not is_run:
-        raise BadInput(f"--resume: no run in {folder}")
+    need(is_run or not resume, f"--resume: no run in {folder}")
     free = not os.path.lexists(folder) or folder.is_dir() and all(
         p.name.endswith(".partial") for p in folder.iterdir())     # a kill at birth leaves that
-    if not free and not resume and not (overwrite and is_run):
-        raise BadInput(f"{folder} holds a run already: --resume continues it, --overwrite replaces "
-                       "it, --name NAME starts another" if is_run else
-                       f"{folder} exists and is not a run folder: --name NAME starts elsewhere")
+    need(free or resume or overwrite and is_run,
+         f"{folder} holds a run already: --resume continues it, --overwrite replaces it, --name "
+         "NAME starts another" if is_run else
+         f"{folder} exists and is not a run folder: --name NAME starts elsewhere")
     if not resume:
         return
     saved = read_json(folder / "config.json")
@@ -95,9 +97,8 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
     with contextlib.suppress(Exception):                       # none yet, or told when it is loaded
         done = int(torch.load(folder / "checkpoint.pt", mmap=True, map_location="cpu",
                               weights_only=True)["step"])
-    if done > settings["max_steps"]:
-        raise BadInput(f"--max-steps {settings['max_steps']}: {folder} has done {done} already, "
-                       "--name NAME starts another run")
+    need(done <= settings["max_steps"], f"--max-steps {settings['max_steps']}: {folder} has done "
+         f"{done} already, --name NAME starts another run")
 
 def begin(folder: Path, settings: dict, overwrite: bool):
     """The run's folder with its settings, empty if it is to be overwritten. Raises BadInput."""
@@ -154,12 +155,9 @@ def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
     written, is done again. Raises BadInput."""
     if not path.is_file():
         return []
-    with open(path, newline="", errors="replace") as f:
-        try:
-            return [row for row in csv.DictReader(f) if None not in row.values()
-                    and row.get("step", "").isdecimal() and int(row["step"]) < before_step]
-        except csv.Error as error:
-            raise BadInput(f"{path}: {error}") from None
+    with refusing(path), open(path, newline="", errors="replace") as f:
+        return [row for row in csv.DictReader(f) if None not in row.values()
+                and row.get("step", "").isdecimal() and int(row["step"]) < before_step]
 
 def write_log(path: Path, rows: list[dict]):
     """All rows of a log.csv, whole or not at all."""
