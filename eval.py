@@ -10,11 +10,12 @@ grader are those of training. The second half is what happens around its loop.
 """
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import statistics
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -31,28 +32,28 @@ from support.completions import (bootstrap, grade_row, locked_completions, open_
 from support.data import held_out, load_examples, load_split
 from support.figures import plot_frontier
 from support.processes import once, say
-from support.runs import percent, table
+from support.runs import need, percent, table
 
 def evaluate(complete, task: str, examples: list, batch: int = 256, samples: int = 1, done=None,
              save=None) -> dict:
     """Complete and grade every example `samples` times. complete(examples, keys) -> texts, denoiser
     calls, tokens; keys are (index, sample). done: the rows that there are already, by key;
-    save(rows, examples) takes the new ones, batch after batch. Returns what `summary` does."""
+    save(rows) takes the new ones, batch after batch. Returns what `summary` does."""
     keys, rows = [(i, s) for i in range(len(examples)) for s in range(samples)], dict(done or {})
     for start in tqdm(range(0, len(keys), batch), desc="evaluate", unit="batch", leave=False,
                       disable=None if save else True):
         part = keys[start:start + batch]                       # a stopped one is done again whole
-        chunk = [examples[i] for i, _ in part]
-        if missing := [key for key in part if key not in rows]:
-            clock = time.perf_counter()
-            found = list(zip(part, chunk, *complete(chunk, part)))
-            graded = [{"index": i, "sample": s, **grade_row(task, text, ex), "nfe": nfe,
-                       "tokens": n} for (i, s), ex, text, nfe, n in found]
-            each = (time.perf_counter() - clock) / len(part)
-            new = [{**row, "seconds": each} for row, key in zip(graded, part) if key in missing]
-            rows |= {(row["index"], row["sample"]): row for row in new}
-            if save:
-                save(new, [examples[row["index"]] for row in new])
+        if rows.keys() >= set(part):
+            continue
+        clock, chunk, new = time.perf_counter(), [examples[i] for i, _ in part], {}
+        for key, ex, text, nfe, n in zip(part, chunk, *complete(chunk, part)):
+            if key not in rows:
+                new[key] = {"index": key[0], "sample": key[1], **grade_row(task, text, ex),
+                            "nfe": nfe, "tokens": n}
+        each = (time.perf_counter() - clock) / len(part)
+        rows |= (new := {key: {**row, "seconds": each} for key, row in new.items()})
+        if save:
+            save(new.values())
     return summary(task, [rows[key] for key in keys])
 
 def summary(task: str, rows: list[dict]) -> dict:
@@ -60,35 +61,34 @@ def summary(task: str, rows: list[dict]) -> dict:
     task's second grade), nfe (denoiser calls per completion), tokens_per_nfe (before the end),
     seconds, completions, grades; of several samples (k) also pass_at_k (an example counts if any is
     right) and majority (if the most frequent answer is), with their ci95."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["index"], []).append(row)
-    groups, n = list(groups.values()), len(rows)
-    shares = [sum(r["grade"] == 1 for r in g) / len(g) for g in groups]
-    k, right = max(map(len, groups)), sum(r["grade"] == 1 for r in rows)
+    groups = [list(g) for _, g in itertools.groupby(rows, lambda row: row["index"])]
+    right, n = [sum(row["grade"] == 1 for row in g) for g in groups], len(rows)
+    k = n // len(groups)
 
     def total(name):
-        return sum(r[name] for r in rows)
-    interval = wilson(right, n) if k == 1 else bootstrap(shares)
-    result = {"solved": right / n, "n": n, "ci95": interval, "grade": total("grade") / n,
-              "nfe": total("nfe") / n,
+        return sum(row[name] for row in rows)
+    result = {"solved": sum(right) / n, "n": n,
+              "ci95": wilson(sum(right), n) if k == 1 else bootstrap([r / k for r in right]),
+              "grade": total("grade") / n, "nfe": total("nfe") / n,
               "tokens_per_nfe": total("tokens") / max(1, total("nfe")),
-              "seconds": total("seconds"), "completions": [r["completion"] for r in rows],
-              "grades": [r["grade"] for r in rows]}
+              "seconds": total("seconds"), "completions": [row["completion"] for row in rows],
+              "grades": [row["grade"] for row in rows]}
     if TASKS[task].beside:
         result["beside"] = total(TASKS[task].beside[0]) / n
     if k > 1:
         result["k"] = k
-        for name, hits in (("pass_at_k", [share > 0 for share in shares]),
-                           ("majority", list(map(vote, groups)))):
-            result[name] = {"solved": sum(hits) / len(hits), "ci95": wilson(sum(hits), len(hits))}
+        for name, hits in (("pass_at_k", sum(map(bool, right))),
+                           ("majority", sum(map(vote, groups)))):
+            result[name] = {"solved": hits / len(groups), "ci95": wilson(hits, len(groups))}
     return result
 
 def vote(rows: list[dict]) -> bool:
     """Whether the answer given most often is right; of equals the one given first."""
-    counts = Counter(row["answer"] for row in rows if row["answer"] is not None)
-    first = counts.most_common(1)
-    return bool(first) and next(row["grade"] == 1 for row in rows if row["answer"] == first[0][0])
+    answers = [row["answer"] for row in rows if row["answer"] is not None]
+    if not answers:
+        return False
+    first = statistics.mode(answers)
+    return next(row["grade"] == 1 for row in rows if row["answer"] == first)
 
 def trained_on(cfg, examples: list) -> int:
     """How many examples of a file the model's own run was trained on (a fifth was held out)."""
@@ -98,36 +98,36 @@ def trained_on(cfg, examples: list) -> int:
     if not cfg.data or known.get("task") != cfg.task or not usable:
         return 0
     key = TASKS[cfg.task].key
-    keys = {key(ex) for ex in load_split(cfg.task, *how)[0]}
-    return sum(key(ex) in keys for ex in examples)
+    seen = set(map(key, load_split(cfg.task, *how)[0]))
+    return sum(key(ex) in seen for ex in examples)
 
 def report_evaluation(task: str, name: str, settings: dict, results: list[dict], out: Path):
     """The table on the screen; beside the completions the results (.json) and, of several, the
     frontier (.png)."""
-    rows, beside = [], TASKS[task].beside
+    rows = []
     for r in results:
         row = {"length": r["length"], "steps": r["steps"], "NFE": f"{r['nfe']:.1f}",
                "tokens/NFE": f"{r['tokens_per_nfe']:.2f}", "solved (95 % interval)": percent(r),
                "n": r["n"]}
         if "k" in r:
             row |= {f"pass@{r['k']}": percent(r["pass_at_k"]), "majority": percent(r["majority"])}
-        if beside:
-            row[beside[0]] = f"{100 * r['beside']:.1f} %"
-        if "held_out" in r:
-            held = r["held_out"]
+        if "beside" in r:
+            row[TASKS[task].beside[0]] = f"{100 * r['beside']:.1f} %"
+        if held := r.get("held_out"):
             row["solved, class never trained on"] = f"{100 * held['solved']:.1f} % of {held['n']}"
         rows.append({**row, "seconds": f"{r['seconds']:.1f}"})
     print(table(rows))
     kept = [{k: v for k, v in r.items() if k not in ("completions", "grades")} for r in results]
     runs.write_json(out.with_suffix(".json"), {"settings": settings, "results": kept})
-    print(f"every completion with its grade: {out}", end="\n" if len(results) == 1 else "; ")
+    said = f"every completion with its grade: {out}"
     if len(results) > 1:
         curves = {}
         for r in results:
             curves.setdefault(f"{name}, {r['length']} tokens", []).append(r)
         curves = {name: results} if len(curves) == 1 else curves
         plot_frontier(out.with_suffix(".png"), curves, task)
-        print(f"frontier: {out.with_suffix('.png')}")
+        said += f"; frontier: {out.with_suffix('.png')}"
+    print(said)
 
 # ------------------------------------------------------------------------- python eval.py
 SAMPLING = ("task", "model", "data", "prompt", "system_prompt", "seed", "device", "block_length",
@@ -151,32 +151,28 @@ def settings_of(given: dict, flags) -> tuple:
     BadInput before any work."""
     path = checkpoints.in_run(Path(settle(given, {"temperature"}).model))
     known = options.saved_settings(str(path))
-    task = given.get("task") or str(known.get("task", "sudoku"))
+    task = given.get("task", str(known.get("task", "sudoku")))
     had = str(known.get("controller", "off"))
-    controller = given.get("controller") or had
-    if controller not in ("off", had):
-        raise BadInput(f"--controller {controller}: {path} has {'none' if had == 'off' else had}")
+    controller = given.get("controller", had)
+    need(controller in ("off", had),
+         f"--controller {controller}: {path} has {'none' if had == 'off' else had}")
     if controller != "off" and (idle := {"unmasking", "threshold", "entropy_bound"} & given.keys()):
         raise BadInput(f"{options.flag(sorted(idle)[0])}: the controller of {path}, {controller}, "
                        "sets it; --controller off leaves it aside")
     given = {**given, "task": task, "model": str(path), "controller": controller}
-    cfg, shape = settle(given, {"temperature"}), {}
-    if known.get("task") == task:                              # as it was evaluated in training
-        known = {"completion_length": known.get("eval_length") or known.get("completion_length"),
-                 "block_length": known.get("eval_block_length") or known.get("block_length"),
-                 "eval_steps": known.get("eval_steps")}
-        if [type(x) for x in known.values()] == [int, int, str]:
-            cfg = dataclasses.replace(cfg, eval_length=0, eval_block_length=0, **known)
-            shape = known
-    cfg = options.with_model(dataclasses.replace(cfg, **given, rollout_batch=flags.batch),
-                             {**shape, **given})
-    cfg = dataclasses.replace(options.for_evaluation(cfg), **given, eval_length=0,
-                              eval_block_length=0)
-    if not 0 < flags.samples < 10**6 or not 0 <= flags.limit <= 10**5 or flags.batch < 1:
-        raise BadInput("--samples and --batch must be at least 1, --limit 0 to 100000")
-    if flags.samples > 1 and cfg.temperature == 0 and cfg.unmasking != "random":
-        raise BadInput(f"--samples {flags.samples} of a greedy sampler are all the same: give a "
-                       "--temperature")
+    whole = {"eval_length": 0, "eval_block_length": 0}         # they are the shape itself here
+    cfg, fixed = settle(given, {"temperature"}), given
+    shape = {"completion_length": known.get("eval_length") or known.get("completion_length"),
+             "block_length": known.get("eval_block_length") or known.get("block_length"),
+             "eval_steps": known.get("eval_steps")}
+    if known.get("task") == task and [type(x) for x in shape.values()] == [int, int, str]:
+        fixed = {**shape, **whole, **given}                    # as it was evaluated in training
+    cfg = options.with_model(dataclasses.replace(cfg, **fixed, rollout_batch=flags.batch), fixed)
+    cfg = dataclasses.replace(options.for_evaluation(cfg), **given, **whole)
+    need(0 < flags.samples < 10**6 and 0 <= flags.limit <= 10**5 and flags.batch > 0,
+         "--samples and --batch must be at least 1, --limit 0 to 100000")
+    need(flags.samples == 1 or cfg.temperature > 0 or cfg.unmasking == "random",
+         f"--samples {flags.samples} of a greedy sampler are all the same: give a --temperature")
     all_lengths = options.numbers(flags.lengths or str(cfg.completion_length), "--lengths")
     all_steps = options.numbers(flags.steps or cfg.eval_steps, "--steps")
     shapes = [(length, steps) for length in all_lengths for steps in all_steps]
@@ -199,19 +195,20 @@ def run(given: dict, flags) -> int:
         print(f"note: the model was trained on {seen} of these {len(examples)} examples",
               flush=True)
     if cfg.model not in options.TINY:
-        about, tokenizer, _ = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
+        about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
         longest = dataclasses.replace(cfg, completion_length=max(shapes)[0])
         check_context(about.config, tokenizer, longest, examples)
     policy, tokenizer = open_policy(cfg)
     settings |= {"weights": checkpoints.fingerprint(policy)}
-    name = Path(cfg.model).parent.name if Path(cfg.model).name == "model" else Path(cfg.model).name
+    path = Path(cfg.model)
+    name = (path.parent if path.name == "model" else path).name
     key, results = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8], []
     out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{key}.jsonl")
     with locked_completions(out, settings, flags.overwrite) as (stored, f):
         stored = [row for row in stored if row["index"] < len(examples)]
-        if any(row["example"] != examples[row["index"]] for row in stored):
-            raise BadInput(f"{out} holds completions of other examples: --overwrite replaces them, "
-                           "--out FILE.jsonl goes elsewhere")
+        need(all(row["example"] == examples[row["index"]] for row in stored),
+             f"{out} holds completions of other examples: --overwrite replaces them, --out "
+             "FILE.jsonl goes elsewhere")
         for length, steps in shapes:
             at = dataclasses.replace(cfg, completion_length=length, steps=steps)
             shape = {"length": length, "steps": steps}
@@ -220,9 +217,9 @@ def run(given: dict, flags) -> int:
                 keys = [("eval", cfg.seed, *key) for key in keys]
                 return completed(policy, tokenizer, exs, keys, at)
 
-            def save(rows, exs, shape=shape):
-                f.writelines(json.dumps({**shape, **row, "example": ex}) + "\n"
-                             for row, ex in zip(rows, exs))
+            def save(rows, shape=shape):
+                f.writelines(json.dumps({**shape, **row, "example": examples[row["index"]]}) + "\n"
+                             for row in rows)
                 f.flush()
             done = {(row["index"], row["sample"]): {
                 **row, **grade_row(cfg.task, row["completion"], row["example"])}
@@ -230,10 +227,10 @@ def run(given: dict, flags) -> int:
             results.append({**shape, **evaluate(complete, cfg.task, examples, flags.batch,
                                                 flags.samples, done, save)})
             if cfg.data and TASKS[cfg.task].generate:          # it may have been made for training
-                held = [place for place, ex in enumerate(examples) if held_out(cfg.task, ex)]
-                grades, k = results[-1]["grades"], flags.samples
-                right = sum(g == 1 for i in held for g in grades[i * k:(i + 1) * k])
-                results[-1]["held_out"] = {"solved": right / max(1, len(held) * k), "n": len(held)}
+                held, k = [held_out(cfg.task, ex) for ex in examples], flags.samples
+                right = sum(grade == 1 and held[i // k]
+                            for i, grade in enumerate(results[-1]["grades"]))
+                results[-1]["held_out"] = {"solved": right / max(1, sum(held) * k), "n": sum(held)}
     report_evaluation(cfg.task, name, settings, results, out)
     return 0
 
@@ -249,8 +246,7 @@ def main(argv=None) -> int:
         argv, text = sys.argv[1:] if argv is None else argv, __doc__.partition("\n\nEvery")[0]
         owners = {"evaluation": Flags, "sampling": sampling}
         given = options.read_flags("eval.py", text, owners, argv)
-        flags = Flags(**{k: v for k, v in given.items() if k not in SAMPLING})
-        given = {k: v for k, v in given.items() if k in SAMPLING}
+        flags = Flags(**{k: given.pop(k) for k in [*given] if k not in SAMPLING})
         if flags.regrade:
             return regrade(Path(flags.regrade), given.get("task", ""), flags.out, flags.overwrite)
         return run(given, flags)
@@ -271,9 +267,9 @@ def evaluate_at(policy, tokenizer, cfg, examples: list, steps: int) -> dict:
 
 def parse(argv: list[str]) -> tuple:
     """agrpo.py's command line -> settings, and what else is to be done. Raises BadInput."""
-    asked = [name for name in OWNERS if name in argv or f"--{name}" in argv]
-    shown = {*list(OWNERS)[:4], *asked} if {"-h", "--help"} & set(argv) else OWNERS
-    owners = {name.replace("-", "_"): OWNERS[name] for name in OWNERS if name in shown}
+    short, asked = {"-h", "--help"} & set(argv), {word.removeprefix("--") for word in argv}
+    owners = {name.replace("-", "_"): owner for i, (name, owner) in enumerate(OWNERS.items())
+              if i < 4 or not short or name in asked}
     words = "".join(f"\n{options.flag(knob)}: {', '.join(rows)}"
                     for knob, rows in {"task": TASKS, **choices()}.items())
     text = agrpo.__doc__.partition("\n\n")[0] + words
@@ -299,28 +295,29 @@ def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) 
     tokenizer = tiny.tiny_tokenizer()
     context, mask_id = 256, tokenizer.mask_token_id
     if cfg.model not in options.TINY:
-        about, tokenizer, adapter = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
-        used = (about.folder, adapter or about.folder)
-        if overwrite and any(folder.resolve() in place.resolve().parents for place in used):
-            raise BadInput(f"--overwrite would delete {cfg.model}, the model to begin with: --name "
-                           "NAME starts another run")
+        about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
+        used = (about.folder, about.adapter or about.folder)
+        within = any(folder.resolve() in place.resolve().parents for place in used)
+        need(not (overwrite and within), f"--overwrite would delete {cfg.model}, the model to "
+             "begin with: --name NAME starts another run")
         context, mask_id = about.config.max_position_embeddings, about.mask_id
         length = check_context(about.config, tokenizer, cfg, examples + heldout)
-        at = length, options.device_for(cfg), agrpo.processes()[1]
-        cfg = cost.with_checkpointing(about.config, cfg, *at)
-        print(cost.announce(about.config, cfg, *at), flush=True)
+        device = options.device_for(cfg)
+        cfg = cost.with_checkpointing(about.config, cfg, length, device)
+        print(cost.announce(about.config, cfg, length, device, agrpo.processes()[1]), flush=True)
     if cfg.sft:
         examples = sft.sft_examples(tokenizer, cfg, examples, context, mask_id)
     return examples, cfg
 
-def run_training(cfg, loop, resume: bool, overwrite: bool, rebuild_base: bool) -> int:
+def run_training(cfg, loop, actions: dict) -> int:
     """Base, evaluation, the loop, evaluation, table. Returns the exit code."""
-    folder, clock = Path("runs") / cfg.name, time.perf_counter()
-    once(runs.check, folder, dataclasses.asdict(cfg), options.MAY_CHANGE, resume, overwrite)
+    folder, clock, overwrite = Path("runs") / cfg.name, time.perf_counter(), actions["overwrite"]
+    once(runs.check, folder, dataclasses.asdict(cfg), options.MAY_CHANGE, actions["resume"],
+         overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed,
                                    cfg.data, cfg.test_data)
     examples, cfg = once(forecast, cfg, folder, examples, heldout, overwrite)
-    policy, tokenizer = open_policy(cfg, True, rebuild_base)
+    policy, tokenizer = open_policy(cfg, True, actions["rebuild_base"])
     once(runs.begin, folder, dataclasses.asdict(cfg), overwrite)   # not before the model is there
     steps, half = options.numbers(cfg.eval_steps, "--eval-steps"), (len(heldout) + 1) // 2
     run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg),
@@ -355,7 +352,7 @@ def method_of(cfg, tokenizer) -> agrpo.Method:
         return agrpo.Method(None, train_step=sft.step_with(tokenizer))
     if cfg.controller != "off":
         return method._replace(train_step=diffpo.controller_step, begin=diffpo.begin)
-    if cfg.cache in ("prefix", "dual"):
+    if cfg.cache in options.APPROXIMATE:
         method = method._replace(train_step=caches.train_step)
     if cfg.kl and cfg.kl_reference == "old":
         one_step = method.train_step or agrpo.train_step
@@ -368,13 +365,12 @@ def training(argv, loop) -> int:
     cfg = None
     try:
         cfg, actions = parse(sys.argv[1:] if argv is None else argv)
-        actions.pop("help_all")
-        if (out := actions.pop("merge")) is not None:
+        if (out := actions["merge"]) is not None:
             checkpoints.merge(cfg.model, cfg.model_block, out)
             print(f"merged: {out}")
             return 0
         processes.join(cpu=options.device_for(cfg) == "cpu")
-        code = run_training(cfg, loop, **actions)
+        code = run_training(cfg, loop, actions)
         processes.leave()                                      # not after an error: others may wait
         return code
     except (BadInput, FloatingPointError) as error:

@@ -31,12 +31,15 @@ def load(name: str):
 
 def rows_of(traj, index):
     """Some rows of a trajectory, by indices or bool (N,)."""
-    return type(traj)(**{name: x[index.to(x.device)] if isinstance(x, torch.Tensor) else x
-                         for name, x in vars(traj).items()})
+    return mapped(lambda x: x[index.to(x.device)], traj)
 
 def to(traj, device):
     """The same on a device."""
-    return type(traj)(**{name: x.to(device) if isinstance(x, torch.Tensor) else x
+    return mapped(lambda x: x.to(device), traj)
+
+def mapped(change, traj):
+    """The same with every tensor changed."""
+    return type(traj)(**{name: change(x) if isinstance(x, torch.Tensor) else x
                          for name, x in vars(traj).items()})
 
 def join(parts: list):

@@ -40,10 +40,10 @@ class CachedPolicy:
 
     def logits(self, prompt, prompt_mask, state, where) -> Tensor:
         """As the policy's, for the rows that prompt[:, 0] names."""
-        self.rows, first = prompt[:, 0], where.int().argmax(1).cpu()
-        start = first // self.block_length * self.block_length
-        self.start, self.anew = start, start != self.came_to[self.rows.cpu()]
-        self.came_to[self.rows.cpu()] = start
+        self.rows, rows = prompt[:, 0], prompt[:, 0].cpu()
+        self.start = where.int().argmax(1).cpu() // self.block_length * self.block_length
+        self.anew = self.start != self.came_to[rows]
+        self.came_to[rows] = self.start
         self.policy.hidden = self.hidden                       # the head is the policy's own
         try:
             return self.policy.logits(prompt[:, 1:], prompt_mask[:, 1:], state, where)
@@ -99,19 +99,14 @@ class CachedPolicy:
             current = block.masked_fill(~masked, S).amin(1, keepdim=True)      # (n, 1)
             columns = pad + (current - 1) * size + torch.arange(2 * size, device=device)
             return compute(columns.masked_fill((columns < pad) | (columns >= S), S))
-        if self.anew.all():
-            return compute(every[:S].expand(n, -1))
         shift = int(self.policy.shift)                         # the first logits stand one before
         start = self.start + P - shift
-        ends = start + shift + self.block_length
-        ends = ends if self.kind == "dual" else torch.full_like(ends, S)
-        columns = start[:, None] + torch.arange(int((ends - start).max()))
-        columns = columns.clamp(max=S).to(device)
-        whole, part = (x.nonzero().squeeze(1).to(device) for x in (self.anew, ~self.anew))
-        if not len(whole):
-            return compute(columns)
-        parts = [compute(every[:S].expand(len(whole), -1), whole), compute(columns[part], part)]
-        return torch.cat(parts)[torch.cat([whole, part]).argsort()]
+        width = shift + self.block_length if self.kind == "dual" else S - int(start.min())
+        columns = (start[:, None] + torch.arange(width)).clamp(max=S).to(device)
+        rows = [x.nonzero().squeeze(1).to(device) for x in (self.anew, ~self.anew)]
+        parts = [compute(of[at], at) for of, at in zip((every[:S].expand(n, -1), columns), rows)
+                 if len(at)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
 def cached_rollout(policy, prompt, prompt_mask, cfg, keys):
     """agrpo.rollout with --cache. After an approximate one the views of its states are "cached",

@@ -21,10 +21,9 @@ import agrpo
 from methods.diffu_grpo import counted
 from methods.samplers import EASE, LEVEL
 from methods.scored import score
-from rewards import BadInput
-from support.checkpoints import read_extra
-
-RULES = {"threshold": "threshold", "entropy": "entropy_bound"}     # --controller -> --unmasking
+from support.checkpoints import load_extra
+from support.options import CONTROLLED
+from support.runs import need
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -73,13 +72,10 @@ def add_controller(policy, cfg, about, train: bool):
     train, at first the configured threshold for every prompt. Raises BadInput."""
     head, folder = policy.model.get_output_embeddings().weight, about.adapter or about.folder
     policy.controller = torch.nn.Linear(head.shape[1], 1, device=head.device)
-    saved = read_extra(folder, "controller", {"weight": (1, head.shape[1]), "bias": (1,)})
-    if saved is None and not train:
-        raise BadInput(f"--controller {cfg.controller}: {folder} has no controller.safetensors")
     torch.nn.init.zeros_(policy.controller.weight)
-    torch.nn.init.constant_(policy.controller.bias, EASE[RULES[cfg.controller]](cfg))
-    if saved:
-        policy.controller.load_state_dict(saved)
+    torch.nn.init.constant_(policy.controller.bias, EASE[CONTROLLED[cfg.controller]](cfg))
+    need(load_extra(policy.controller, folder / "controller.safetensors") or train,
+         f"--controller {cfg.controller}: {folder} has no controller.safetensors")
 
 def ease_mean(policy, prompt, prompt_mask, C: int) -> Tensor:
     """mu (N,) in float64, read from the prompt before an empty completion."""
@@ -101,7 +97,7 @@ def edges_of_step(ranked, count, name: str, n: int) -> tuple[Tensor, Tensor]:
 def controlled_rollout(policy, prompt, prompt_mask, cfg, keys) -> ControlledTrajectory:
     """agrpo.rollout with a threshold drawn for each row, or at temperature 0 its mean."""
     mean, T = ease_mean(policy, prompt, prompt_mask, cfg.completion_length), cfg.steps
-    name = RULES[cfg.controller]
+    name = CONTROLLED[cfg.controller]
     seeds = [key if isinstance(key, tuple) else (key,) for key in keys]
     noise = torch.stack([torch.randn((), generator=agrpo.generator("ease", *seed),
                                      dtype=torch.float64) for seed in seeds]).to(mean.device)
@@ -132,18 +128,18 @@ def ease_logp(edges, mean, sigma: float) -> Tensor:
 
 def edges_again(policy, traj, row, cfg) -> Tensor:
     """The edges (M, 2) of some rows under the present parameters, from the steps that set them."""
-    edges, name = traj.edges[row], RULES[cfg.controller]
+    edges, name = traj.edges[row], CONTROLLED[cfg.controller]
     for side in (0, 1):
         at = (traj.edge_steps[row, side] < cfg.steps).nonzero().squeeze(1)
         if len(at):
-            step, prompt_mask = traj.edge_steps[row[at], side], traj.prompt_mask[row[at]]
-            state, target = agrpo.state_at(traj, row[at], step, policy.mask_id)
-            blocks = policy.blocks(prompt_mask, state.shape[1], cfg.block_length)
+            of, step = row[at], traj.edge_steps[row[at], side]
+            state, target = agrpo.state_at(traj, of, step, policy.mask_id)
+            blocks = policy.blocks(traj.prompt_mask[of], state.shape[1], cfg.block_length)
             open_ = agrpo.open_positions(state, policy.mask_id, blocks)[1]
-            law = agrpo.Law(policy.logits(traj.prompt[row[at]], prompt_mask, state, open_), cfg)
+            law = agrpo.Law(policy.logits(traj.prompt[of], traj.prompt_mask[of], state, open_), cfg)
             value = agrpo.UNMASK[name].score(law, None, None, cfg)
-            dense = torch.full(open_.shape, -math.inf, dtype=value.dtype, device=value.device)
-            ranked = dense.masked_scatter(open_, value).sort(dim=1, descending=True, stable=True)[0]
+            dense = value.new_full(open_.shape, -math.inf).masked_scatter(open_, value)
+            ranked = dense.sort(dim=1, descending=True, stable=True)[0]
             again = edges_of_step(ranked, target.sum(1), name, cfg.completion_length // cfg.steps)
             edges = edges.index_put((at, torch.full_like(at, side)), again[side])
     return edges
@@ -172,8 +168,7 @@ def controller_step(policy, optimizer, examples, step: int, cfg, sample) -> dict
     def discounted(*args):
         traj, parts, solved = sample(*args)
         speed = (1 - traj.nfe.cpu().double() / cfg.completion_length) ** cfg.alpha
-        parts = {name: torch.as_tensor(part, dtype=torch.float64) for name, part in parts.items()}
-        return traj, {name: part if name == "overlong" else part * speed
+        return traj, {name: torch.as_tensor(part) * (1 if name == "overlong" else speed)
                       for name, part in parts.items()}, solved
     traj, reward, row = agrpo.sample_step(policy, examples, step, cfg, discounted)
     learners, alone = [], cfg.controller_training == "alone"   # rows with an advantage, as views

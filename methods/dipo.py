@@ -110,14 +110,14 @@ def train_step(policy, optimizer, examples, step: int, cfg, sample) -> dict:
         batch = [examples[i] for i in chosen for _ in range(G)]
         keys = [("rollout", cfg.seed, step, i, attempt) for i in range(len(batch))]
         more, parts, solved = sample(policy, batch, keys, cfg)
-        parts = {name: torch.as_tensor(part, dtype=torch.float64) for name, part in parts.items()}
+        new = {f"reward_{name}": torch.as_tensor(part, dtype=torch.float64)
+               for name, part in parts.items()}
+        new |= {"reward": sum(new.values()), "solved": torch.tensor(solved, dtype=torch.float64)}
         different = (~equal).repeat_interleave(G)
         traj = join([rows_of(traj, different), more])
-        reward = torch.cat([reward[different], sum(parts.values())])
-        sums = {"reward": sum(parts.values()), "solved": torch.tensor(list(map(float, solved))),
-                **{f"reward_{name}": part for name, part in parts.items()}}
+        reward = torch.cat([reward[different], new["reward"]])
         n = row["sampled"] + len(batch)
-        row |= {name: (row[name] * row["sampled"] + float(x.sum())) / n for name, x in sums.items()}
+        row |= {name: (row[name] * row["sampled"] + float(x.sum())) / n for name, x in new.items()}
         row |= {"sampled": n, "nfe": float(traj.nfe.float().mean()),
                 "entropy": float(traj.entropy.sum() / traj.tokens.numel())}
     row["rollout_seconds"] = time.perf_counter() - clock

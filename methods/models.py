@@ -8,10 +8,11 @@ from torch import Tensor
 import agrpo
 from methods import (ROWS, caches, diffpo, diffu_grpo, dipo, join, rows_of, samplers, scored, to,
                      tracerl)
-from methods.sft import encode_answers, sft_loss
-from rewards import BadInput, grade, overlong, prompt_for, read_weights, reward_parts
+from methods.sft import train_base
+from rewards import grade, overlong, prompt_for, read_weights, reward_parts
 from support import checkpoints, options, tiny
 from support.processes import once
+from support.runs import need
 
 OWNERS = {                             # whose settings they are; --help shows the first four
     "run": options.Run, "method": agrpo.Config, "evaluation": options.Evaluation,
@@ -28,9 +29,7 @@ def choices() -> dict:
     """The words that settings take from agrpo.py's tables."""
     tables = {"method": "METHODS", "unmasking": "UNMASK", "timesteps": "TIMESTEPS",
               "advantage": "ADVANTAGES", "normalizer": "NORMALIZERS"}
-    every = {knob: dict.fromkeys([*getattr(agrpo, table), *ROWS[table]])
-             for knob, table in tables.items()}
-    return {knob: [row for row in rows if " " not in row] for knob, rows in every.items()}
+    return {knob: [*{**getattr(agrpo, table), **ROWS[table]}] for knob, table in tables.items()}
 
 def settle(given: dict, may_be_zero=frozenset()) -> Settings:
     """The flags given, and for the rest what task, model, method and preset ask for. Raises
@@ -38,44 +37,45 @@ def settle(given: dict, may_be_zero=frozenset()) -> Settings:
     options.check_values(Settings(**given), {**options.CHOICES, **choices()},
                          options.MAY_BE_ZERO | may_be_zero)
     published = agrpo.METHODS[given.get("method", "agrpo")].settings
-    cfg = Settings(**{**options.before_flags(given, published), **given})
+    settings = options.before_flags(given, published)
     if "completion_length" in given:                           # of one's own: also evaluated
-        shape = {"eval_length": 0, "eval_block_length": 0, **given}
-        cfg = dataclasses.replace(cfg, eval_length=shape["eval_length"],
-                                  eval_block_length=shape["eval_block_length"])
-    rewards, found = torch.eye(2, 3), None                     # two groups of three
+        settings |= {"eval_length": 0, "eval_block_length": 0}
+    cfg, found = Settings(**settings | given), None
+    rewards = torch.eye(2, 3)                                  # two groups of three
     with contextlib.suppress(RuntimeError):                    # shapes that do not go together
         found = agrpo.ADVANTAGES[cfg.advantage](rewards)
-    if getattr(found, "shape", None) != rewards.shape:
-        raise BadInput(f"--advantage {cfg.advantage}: (B, G) rewards must give (B, G) advantages; "
-                       "is keepdim=True missing?")
+    need(getattr(found, "shape", None) == rewards.shape,
+         f"--advantage {cfg.advantage}: (B, G) rewards must give (B, G) advantages; is "
+         "keepdim=True missing?")
     if cfg.kl_reference == "old" and cfg.inner_epochs == 1 and "kl" not in given:
         cfg = dataclasses.replace(cfg, kl=0.0)                 # no gradient at the first update
     return options.with_prompt(cfg)
 
+def policy_of(net, mask_id: int, eos_id: int, shift: bool, block: int):
+    """Its denoiser: block-causal if it has blocks."""
+    known = net, mask_id, eos_id, shift
+    return dipo.BlockPolicy(*known, block) if block else agrpo.Policy(*known)
+
 def tiny_base(cfg, device: str, rebuild: bool = False) -> str:
-    """Directory of the tiny base model, trained on the first call and kept. SFT on answers of which
-    a share follows a lazy rule: many samples find a right answer, a single one seldom does."""
-    def start(tokenizer, block):
+    """Directory of the tiny base model, trained on the first call and kept."""
+    block = options.tiny_block(cfg)
+
+    def make(tokenizer):
         net = tiny.tiny_model(tokenizer, cfg, block).to(device)
-        known = net, tokenizer.mask_token_id, tokenizer.eos_token_id
-        return dipo.BlockPolicy(*known, block=block) if block else agrpo.Policy(*known)
-    return tiny.base_folder(cfg, options.tiny_block(cfg), start, encode_answers, sft_loss,
-                            agrpo.generator("sft", cfg.seed), rebuild)
+        train_base(policy_of(net, tokenizer.mask_token_id, tokenizer.eos_token_id, False, block),
+                   tokenizer, cfg)
+        return net
+    return tiny.base_folder(cfg, block, make, rebuild)
 
 def open_policy(cfg, train=False, rebuild=False) -> tuple:
     """cfg.model -> policy, tokenizer, on their device. Raises BadInput."""
     device = options.device_for(cfg)
     model = once(tiny_base, cfg, device, rebuild) if cfg.model in options.TINY else cfg.model
-    net, tokenizer, about = checkpoints.load_network(
-        model, device, block=cfg.model_block, train=train, lora_rank=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha, seed=cfg.seed, quantize=cfg.quantize,
-        checkpointing=cfg.gradient_checkpointing == "on")
+    net, tokenizer, about = checkpoints.load_network(model, device, cfg, train)
     if cfg.compile == "on":
         decoder = net.get_decoder()
         decoder.forward = torch.compile(decoder.forward, dynamic=True)
-    known = net, about.mask_id, tokenizer.eos_token_id, about.family.shift
-    policy = dipo.BlockPolicy(*known, about.block) if about.block else agrpo.Policy(*known)
+    policy = policy_of(net, about.mask_id, tokenizer.eos_token_id, about.family.shift, about.block)
     policy.flex, policy.turn_id = device != "cpu", checkpoints.end_of_turn(tokenizer)
     policy.source, policy.base = about.folder, about.base
     if cfg.controller != "off":
@@ -89,9 +89,8 @@ def check_context(config, tokenizer, cfg, examples: list) -> int:
     length = checkpoints.encode_prompts(tokenizer, [
         prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])[0].shape[1]
     longest, room = max(cfg.completion_length, cfg.eval_length), config.max_position_embeddings
-    if length + longest > room:
-        raise BadInput(f"the longest prompt has {length} tokens, a completion {longest}; the "
-                       f"context is {room}")
+    need(length + longest <= room, f"the longest prompt has {length} tokens, a completion "
+         f"{longest}; the context is {room}")
     return length
 
 def lengths(traj, policy) -> Tensor:
@@ -102,9 +101,9 @@ def lengths(traj, policy) -> Tensor:
 def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     """One completion per example -> trajectory, texts: the one way from an example to a text. Each
     process denoises its share, rollout_batch rows at once, those with long prompts first."""
-    roll, (rank, world), found = agrpo.rollout, agrpo.processes(), []
-    roll = caches.cached_rollout if cfg.cache != "none" else roll
-    roll = diffpo.controlled_rollout if cfg.controller != "off" else roll
+    (rank, world), found = agrpo.processes(), []
+    roll = (diffpo.controlled_rollout if cfg.controller != "off" else
+            caches.cached_rollout if cfg.cache != "none" else agrpo.rollout)
     ids, prompt_mask = checkpoints.encode_prompts(tokenizer, [
         prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
     length, device = prompt_mask.sum(1), next(policy.model.parameters()).device

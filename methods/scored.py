@@ -21,17 +21,14 @@ def score(policy, traj, views, cfg) -> tuple[Tensor, Tensor | None]:
     for part in agrpo.micro_batches(views.select(mine), cfg):
         some = views.select(mine[part])
         logp, order_logp, _ = agrpo.step_logp(policy, traj, some, cfg)
-        dense = torch.zeros(some.target.shape, dtype=torch.float64, device=device)
-        dense.masked_scatter_(some.target, logp.double())
+        dense = some.target.double().masked_scatter(some.target, logp.double())
         found.append([x if x is None else x.cpu() for x in (mine[part], dense, order_logp)])
     found = agrpo.gather(found)
     if not found:
         return views.target.double(), None
-    index, logp, order_logp = zip(*found)
+    index, *found = zip(*found)
     back = torch.cat(index).argsort()
-    if order_logp[0] is not None:
-        order_logp = torch.cat(order_logp).double()[back].to(device)
-    return torch.cat(logp)[back].to(device), None if isinstance(order_logp, tuple) else order_logp
+    return tuple(None if x[0] is None else torch.cat(x).double()[back].to(device) for x in found)
 
 def scored(policy, traj, views, cfg):
     """Scored on the same views before the update. With one inner epoch the first evaluation gives
@@ -45,18 +42,21 @@ class Reference:
 
     def __init__(self, policy):
         self.policy = policy
-        self.kept = [(p, p.detach().clone()) for p in policy.model.parameters() if p.requires_grad]
+        self.kept = [[p, p.detach().clone()] for p in policy.model.parameters() if p.requires_grad]
 
+    def swap(self):
+        """Exchanges the policy's weights and those kept."""
+        for pair in self.kept:
+            pair[0].data, pair[1] = pair[1], pair[0].data
+
+    @torch.no_grad()
     def logits(self, *sees) -> Tensor:
         """As the policy's."""
-        trained = [p.data for p, _ in self.kept]
+        self.swap()
         try:
-            for p, was in self.kept:
-                p.data = was
             return self.policy.logits(*sees)
         finally:
-            for (p, _), now in zip(self.kept, trained):
-                p.data = now
+            self.swap()
 
 def keep_reference(policy):
     """What the KL term of Eq. 4 compares with from now on: the policy as it is."""

@@ -4,17 +4,20 @@
          token masked with probability t.
 """
 import math
+import random
 import time
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import agrpo
 from methods.dipo import packed
-from rewards import BadInput, gold_completion, prompt_for
+from rewards import TASKS, gold_completion, prompt_for
 from support.checkpoints import encode_prompts, end_of_turn
-from support.data import read_pairs
+from support.data import load_examples, read_pairs
 from support.processes import say
+from support.runs import need
 
 def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
     """(n, C): each answer, the end of its turn where there is one, then EOS to the end. Raises
@@ -23,9 +26,8 @@ def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
     for i, text in enumerate(texts):
         answer = tokenizer(text, add_special_tokens=False)["input_ids"]
         answer += [] if policy.turn_id is None else [policy.turn_id]
-        if len(answer) > C:
-            raise BadInput(f"--completion-length {C}: an answer has {len(answer)} tokens, "
-                           f"{text[:60]!r}")
+        need(len(answer) <= C,
+             f"--completion-length {C}: an answer has {len(answer)} tokens, {text[:60]!r}")
         tokens[i, :len(answer)] = torch.tensor(answer)
     return tokens
 
@@ -57,14 +59,46 @@ def sft_loss(policy, prompt, prompt_mask, tokens, g) -> Tensor:
     drawn = (x.to(tokens.device) for x in drawn)
     return denoising_loss(policy, prompt, prompt_mask, tokens, *drawn)
 
+def train_base(policy, tokenizer, cfg):
+    """SFT on answers of which a share of base_lazy follow a lazy rule, the others are right: able,
+    but not inclined. Many samples find a right answer, a single one seldom does."""
+    task, device = TASKS[cfg.task], next(policy.parameters()).device
+    g = agrpo.generator("sft", cfg.seed)
+    examples = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train")
+    ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare")
+                                                  for ex in examples])
+    rng = random.Random(cfg.seed)
+    texts = zip(*[(task.gold(ex), task.lazy(ex, rng)) for ex in examples])
+    answers = torch.stack([encode_answers(tokenizer, kind, cfg.completion_length, policy)
+                           for kind in texts])                 # 0 right, 1 lazy
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95),
+                                  weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
+    print(f"making the tiny base model: {cfg.base_steps} steps of supervised fine-tuning, once",
+          flush=True)
+    progress = tqdm(range(cfg.base_steps), "base model", unit="step", mininterval=1, disable=None)
+    for step in progress:
+        index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
+        lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
+        rows = ids[index], prompt_mask[index], answers[lazy, index]
+        loss = sft_loss(policy, *(x.to(device) for x in rows), g)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
 def step_with(tokenizer):
     """A step like agrpo.train_step, on rows {"prompt": (message, beginning), "answer": text}."""
     def sft_step(policy, optimizer, examples, step: int, cfg, sample=None) -> dict:
         clock, total = time.perf_counter(), 0.0
         (rank, world), device = agrpo.processes(), next(policy.model.parameters()).device
         batch = agrpo.batch_of_examples(examples, step, cfg)
-        ids, prompt_mask = encode_prompts(tokenizer, [row["prompt"] for row in batch])
-        texts = [row["answer"] for row in batch]
+        prompts, texts = zip(*[(row["prompt"], row["answer"]) for row in batch])
+        ids, prompt_mask = encode_prompts(tokenizer, prompts)
         tokens = encode_answers(tokenizer, texts, cfg.completion_length, policy)
         block, g = getattr(policy, "block", 0), agrpo.generator("sft", cfg.seed, step)
         rows = ids, prompt_mask, tokens, *noise(tokens, block, prompt_mask, g)
@@ -95,18 +129,16 @@ def sft_examples(tokenizer, cfg, examples: list, context: int, mask_id: int) -> 
     answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
     never = {mask_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     for number, (row, ids) in enumerate(zip(rows, answers), start=1):
-        if never & set(ids):
-            raise BadInput(f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of "
-                           f"the end, or what the model has no token for, {row['answer'][:60]!r}")
+        need(never.isdisjoint(ids),
+             f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of the end, or what "
+             f"the model has no token for, {row['answer'][:60]!r}")
     C = cfg.completion_length
     short = [row for row, ids in zip(rows, answers) if len(ids) + ended <= C]
     if len(short) < len(rows):
         say(f"left out: {len(rows) - len(short)} of {len(rows)} answers, of more than {C} tokens")
-    if not short:
-        raise BadInput(f"--completion-length {C}: all answers of --sft {cfg.sft} are longer, the "
-                       f"shortest has {min(map(len, answers)) + ended} tokens")
+    need(short, f"--completion-length {C}: all answers of --sft {cfg.sft} are longer, the shortest "
+         f"has {min(map(len, answers)) + ended} tokens")
     longest = encode_prompts(tokenizer, [row["prompt"] for row in short])[0].shape[1]
-    if longest + C > context:
-        raise BadInput(f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a completion "
-                       f"{C}; the context is {context}")
+    need(longest + C <= context, f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a "
+         f"completion {C}; the context is {context}")
     return short

@@ -45,19 +45,18 @@ class ValueModel(torch.nn.Module):
         self.trained = [p for p in policy.model.parameters() if p.requires_grad]
         if cfg.lora_rank:
             add_adapter(policy.model, cfg.lora_rank, cfg.lora_alpha, cfg.seed + 1, "value")
+            own = [p for name, p in policy.model.named_parameters() if ".value." in name]
         else:
             self.body = copy.deepcopy(policy)
             self.body.model.get_output_embeddings().requires_grad_(False)
             self.policy = (self.body,)
+            own = [p for p in self.body.model.parameters() if p.requires_grad]
         embeddings = policy.model.get_output_embeddings().weight
         self.head = torch.nn.Linear(embeddings.shape[1], 1, device=embeddings.device)
-        torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
-        self.own = []
-        with self.on():
-            self.own = [*self.head.parameters(), *(
-                p for p in self.policy[0].model.parameters()
-                if p.requires_grad and not any(p is q for q in self.trained))]
+        for p in self.head.parameters():
+            torch.nn.init.zeros_(p)
+        self.own = [*self.head.parameters(), *own]
+        self.switch("default")
 
     @contextlib.contextmanager
     def on(self):
@@ -86,7 +85,7 @@ class ValueModel(torch.nn.Module):
     @torch.no_grad()
     def of(self, traj, views, cfg) -> Tensor:
         """(N, C), zero where no view has a target."""
-        value = torch.zeros(traj.tokens.shape, dtype=torch.float64, device=traj.tokens.device)
+        value = torch.zeros_like(traj.tokens, dtype=torch.float64)
         with self.on():
             for part in map(views.select, agrpo.micro_batches(views, cfg)):
                 n, position = part.target.nonzero(as_tuple=True)

@@ -1,4 +1,5 @@
 """Published checkpoints in stock classes of transformers, no remote code; adapters; saving."""
+import contextlib
 import functools
 import hashlib
 import os
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from rewards import BadInput
-from support.runs import first_line, read_json, write_json
+from support.runs import need, read_json, refusing, write_json
 
 class Family(NamedTuple):
     """How the checkpoints of one model_type become a stock class of transformers."""
@@ -73,22 +74,21 @@ def in_run(folder: Path) -> Path:
     if any((folder / "model" / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
         return folder / "model"
     config = folder / "config.json"
-    if config.is_file() and {"task", "mc_steps"} <= read_json(config).keys():
-        raise BadInput(f"--model {folder}: this run is not finished; agrpo.py --resume finishes it")
+    need(not config.is_file() or not {"task", "mc_steps"} <= read_json(config).keys(),
+         f"--model {folder}: this run is not finished; agrpo.py --resume finishes it")
     return folder
 
 def check_model_exists(model: str):
     """Raises BadInput for a path that leads nowhere, and for what is no name on the hub."""
-    if len(model) > 1000 or "\0" in model:
-        raise BadInput("--model is no name of a directory")
+    need(len(model) <= 1000 and "\0" not in model, "--model is no name of a directory")
     if os.path.isdir(model):           # False, too, where a name is too long for the file system
         return
     written_as_path = model.startswith((".", "/", "~", "runs/"))   # runs/x is no owner/name
-    if written_as_path or os.path.isdir(os.path.dirname(model)):
-        raise BadInput(f"--model {model}: there is no such folder")
-    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model):      # the hub's own limit
-        raise BadInput(f"--model {model}: no such directory; give 'tiny', a checkpoint directory, "
-                       "or the hub's owner/name")
+    need(not written_as_path and not os.path.isdir(os.path.dirname(model)),
+         f"--model {model}: there is no such folder")
+    need(re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model),         # the hub's own limit
+         f"--model {model}: no such directory; give 'tiny', a checkpoint directory, or the hub's "
+         "owner/name")
 
 def find_folder(model: str, weights: bool = True) -> Path:
     """--model -> a local directory: itself, or the hub's repository, downloaded once (without
@@ -97,18 +97,15 @@ def find_folder(model: str, weights: bool = True) -> Path:
     if Path(model).is_dir():
         return in_run(Path(model))
     import huggingface_hub
-    try:
-        files = SMALL_FILES + ["*.safetensors"] * weights
+    files = SMALL_FILES + ["*.safetensors"] * weights
+    with refusing(f"--model {model}: neither a directory here nor found on the hub"):
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=files))
-    except Exception as error:         # no such repository, no network, no room on the disk
-        raise BadInput(f"--model {model}: neither a directory here nor found on the hub: "
-                       f"{first_line(error)}") from None
 
 def base_of(folder: Path) -> str:
     """The checkpoint that an adapter directory belongs to. Raises BadInput."""
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise BadInput(f"{folder / 'adapter_config.json'} does not name its base model")
+    need(isinstance(base, str) and base,
+         f"{folder / 'adapter_config.json'} does not name its base model")
     return base
 
 # --------------------------------------------------------------------------- what it says it is
@@ -117,62 +114,54 @@ def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
     Raises BadInput: what was found and what is supported."""
     import transformers                # seconds to import: after the checks
     where, path = f"--model {name or folder}", folder / "config.json"
-    if not path.is_file():
-        raise BadInput(f"{where}: no config.json there; give 'tiny', a checkpoint directory, or "
-                       "the hub's owner/name")
+    need(path.is_file(), f"{where}: no config.json there; give 'tiny', a checkpoint directory, or "
+         "the hub's owner/name")
     known = read_json(path)
     kind, mask_id = known.get("model_type"), known.get("mask_token_id")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if not family or kind == "llama" and mask_id is None:
-        raise BadInput(f"{where}: model_type {kind!r} with mask_token_id {mask_id!r}; supported "
-                       f"are masked diffusion models of type {', '.join(FAMILIES)}")
+    need(family and (kind != "llama" or mask_id is not None),
+         f"{where}: model_type {kind!r} with mask_token_id {mask_id!r}; supported are masked "
+         f"diffusion models of type {', '.join(FAMILIES)}")
     rope = known.get("rope_parameters")                        # as transformers 5 writes it
-    rope = rope if isinstance(rope, dict) else {}
-    known = {**known, "rope_theta": known.get("rope_theta", rope.get("rope_theta"))}
+    known = {**(rope if isinstance(rope, dict) else {}), **known}
     for field, value in {**family.fixed, "rope_type": "default"}.items():
-        found = rope.get("rope_type") if field == "rope_type" else known.get(field)
-        if found not in (None, value):
-            raise BadInput(f"{where}: {field} {found!r} is not supported, only {value!r}")
+        found = known.get(field)
+        need(found in (None, value),
+             f"{where}: {field} {found!r} is not supported, only {value!r}")
     fields = {}
     for field, names in family.fields.items():
         value = next((known[n] for n in names if known.get(n) is not None), None)
-        if field == "tie_word_embeddings":
-            value = bool(value)
-        elif type(value) not in (int, float) or not value > 0:
-            raise BadInput(f"{where}: its config.json has {' or '.join(names)} {value!r}")
-        fields[field] = value
+        tied = field == "tie_word_embeddings"
+        need(tied or type(value) in (int, float) and value > 0,
+             f"{where}: its config.json has {' or '.join(names)} {value!r}")
+        fields[field] = bool(value) if tied else value
     V = fields["vocab_size"]
-    if mask_id is not None and (type(mask_id) is not int or not 0 <= mask_id < V):
-        raise BadInput(f"{where}: mask_token_id {mask_id!r} in a vocabulary of {V}")
+    need(mask_id is None or type(mask_id) is int and 0 <= mask_id < V,
+         f"{where}: mask_token_id {mask_id!r} in a vocabulary of {V}")
     rope = {"rope_type": "default", "rope_theta": float(fields.pop("rope_theta"))}
-    try:                               # a pad_token_id would take the gradient of its row away
+    with refusing(where):              # a pad_token_id would take the gradient of its row away
         config = getattr(transformers, family.stock + "Config")(
             **fields, rope_parameters=rope, pad_token_id=None, bos_token_id=None,
             eos_token_id=None, use_cache=False)
-    except Exception as error:         # its own checks
-        raise BadInput(f"{where}: {first_line(error)}") from None
     config.is_causal, config.mask_token_id = False, mask_id
     if family.blocks or kind == "llama":
         block = block or known.get("block_size", 0 if kind == "llama" else None)
-    if type(block) is not int or block < 0 or family.blocks and not block:
-        raise BadInput(f"{where}: a block-causal model whose config.json does not give block_size: "
-                       "give --model-block (SDAR and TraDo: 4)")
+    need(type(block) is int and block >= family.blocks,
+         f"{where}: a block-causal model whose config.json does not give block_size: give "
+         "--model-block (SDAR and TraDo: 4)")
     return Checkpoint(folder, family, config, mask_id, block)
 
 def load_tokenizer(folder: Path):
     """By its own files alone: published classes need remote code. Raises BadInput."""
     import transformers
-    try:
-        kind = transformers.PreTrainedTokenizerFast
+    kind = transformers.PreTrainedTokenizerFast
+    with refusing(f"--model {folder}: its tokenizer cannot be read"):
         if not (folder / "tokenizer.json").is_file():
             kind = transformers.Qwen2Tokenizer                 # Dream's
             if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
                 raise FileNotFoundError("there is neither tokenizer.json nor vocab.json with "
                                         "merges.txt")
         return kind.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:         # whatever the libraries raise on a bad file
-        raise BadInput(f"--model {folder}: its tokenizer cannot be read: "
-                       f"{first_line(error)}") from None
 
 def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple:
     """(user message, what the completion is made to begin with), through the tokenizer's chat
@@ -193,8 +182,7 @@ def end_of_turn(tokenizer) -> int | None:
     return after[0] if special and after[0] != tokenizer.eos_token_id else None
 
 def open_checkpoint(model: str, block: int = 0, weights: bool = False):
-    """What is known of a model without its weights -> Checkpoint, tokenizer, directory of its
-    adapter or None. Raises BadInput."""
+    """What is known of a model without its weights -> Checkpoint, tokenizer. Raises BadInput."""
     folder, adapter, base = find_folder(model, weights), None, model
     if (folder / "adapter_config.json").is_file():
         adapter, base = folder, base_of(folder)
@@ -203,17 +191,15 @@ def open_checkpoint(model: str, block: int = 0, weights: bool = False):
     tokenizer = load_tokenizer(adapter or folder)
     mask_id = tokenizer.mask_token_id if about.mask_id is None else about.mask_id
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masked, whatever it is
-    try:
+    with refusing(f"--model {model}"):                         # a broken template
         if encode_prompts(tokenizer, [("1", "")])[0].numel() == 0:
             raise ValueError("its chat template makes nothing of a message")
         end_of_turn(tokenizer)
-    except Exception as error:         # a broken template
-        raise BadInput(f"--model {model}: {first_line(error)}") from None
     for token, name in ((mask_id, "mask"), (tokenizer.eos_token_id, "end-of-sequence")):
-        if token is None or token >= about.config.vocab_size:
-            raise BadInput(f"--model {model}: neither its config.json nor its tokenizer gives a "
-                           f"{name} token of its vocabulary")
-    return about._replace(mask_id=mask_id, adapter=adapter, base=base), tokenizer, adapter
+        need(token is not None and token < about.config.vocab_size,
+             f"--model {model}: neither its config.json nor its tokenizer gives a {name} token of "
+             "its vocabulary")
+    return about._replace(mask_id=mask_id, adapter=adapter, base=base), tokenizer
 
 # ----------------------------------------------------------------------------------- its weights
 def load_model(about: Checkpoint, dtype, quantize: str = "", device: str = "cpu"):
@@ -227,7 +213,7 @@ def load_model(about: Checkpoint, dtype, quantize: str = "", device: str = "cpu"
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16)
     stock = getattr(transformers, about.family.stock + "ForCausalLM")
-    try:
+    with refusing(f"--model {about.folder}"):
         model, info = stock.from_pretrained(
             about.folder, config=about.config, key_mapping=about.family.keys or None, dtype=dtype,
             attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True,
@@ -235,14 +221,9 @@ def load_model(about: Checkpoint, dtype, quantize: str = "", device: str = "cpu"
         if about.config.tie_word_embeddings and not head_is_tied(about):
             raise ValueError("its output weights are not its embeddings, yet config.json says that "
                              "they are tied")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise BadInput(f"--model {about.folder}: {first_line(error)}") from None
     problems = {k: sorted(map(str, info[k]))[:3]
                 for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
-    if problems:
-        raise BadInput(f"--model {about.folder}: weights do not fit: {problems}")
+    need(not problems, f"--model {about.folder}: weights do not fit: {problems}")
     return model
 
 def head_is_tied(about: Checkpoint) -> bool:
@@ -259,25 +240,25 @@ def head_is_tied(about: Checkpoint) -> bool:
                     found[stock] = f.get_tensor(name)
     return len(found) < 2 or torch.equal(*found.values())
 
-def load_network(model: str, device: str, *, block=0, train=False, lora_rank=0, lora_alpha=64.0,
-                 seed=0, quantize="", checkpointing=False) -> tuple:
+def load_network(model: str, device: str, cfg, train: bool) -> tuple:
     """A directory or the hub's owner/name -> network, tokenizer, Checkpoint. To train: with
-    adapters if lora_rank, else all of it in float32; what is not trained is bfloat16 on a GPU.
+    adapters if cfg.lora_rank, else all of it in float32; what is not trained is bfloat16 on a GPU.
     Raises BadInput unless it is a masked diffusion model of FAMILIES, every weight found."""
-    about, tokenizer, adapter = open_checkpoint(model, block, weights=True)
-    half, full = torch.device(device).type == "cuda", train and not lora_rank
-    dtype = torch.bfloat16 if half and not full else torch.float32
-    net = load_model(about, dtype, quantize, device)
-    if half and not full and not about.config.tie_word_embeddings:
+    about, tokenizer = open_checkpoint(model, cfg.model_block, weights=True)
+    full = train and not cfg.lora_rank
+    half = torch.device(device).type == "cuda" and not full
+    net = load_model(about, torch.bfloat16 if half else torch.float32, cfg.quantize, device)
+    if half and not about.config.tie_word_embeddings:
         net.get_output_embeddings().float()                    # once, not in every call of logits
-    if adapter:
-        net = load_adapter(net, adapter, trainable=train and not full)
+    if about.adapter:
+        net = load_adapter(net, about.adapter, trainable=train and not full)
         net = net.merge_and_unload().requires_grad_(True) if full else net
     elif train and not full:
-        net = add_adapter(net, lora_rank, lora_alpha, seed)
-    for layer in net.get_decoder().layers if train and checkpointing else ():
-        layer.forward = computed_again(layer)
-    return net if quantize else net.to(device), tokenizer, about
+        net = add_adapter(net, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    if train and cfg.gradient_checkpointing == "on":
+        for layer in net.get_decoder().layers:
+            layer.forward = computed_again(layer)
+    return net if cfg.quantize else net.to(device), tokenizer, about
 
 def computed_again(layer):
     """Gradient checkpointing: a forward that keeps only its inputs, and runs a second time in the
@@ -308,7 +289,7 @@ def load_adapter(model, folder: Path, trainable: bool):
     import peft
     from safetensors import safe_open
     path = folder / "adapter_model.safetensors"
-    try:
+    with refusing(f"--model {folder}: adapter"):
         if not path.is_file():
             raise FileNotFoundError("there is no adapter_model.safetensors")
         with warnings.catch_warnings():
@@ -320,17 +301,13 @@ def load_adapter(model, folder: Path, trainable: bool):
         if left:
             raise ValueError(f"weights do not fit: {sorted(left)[:3]}")
         return model
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise BadInput(f"--model {folder}: adapter: {first_line(error)}") from None
 
 def adapter_shape(folder: Path) -> dict:
     """lora_rank and lora_alpha of an adapter directory. Raises BadInput."""
     known = read_json(folder / "adapter_config.json")
     rank, alpha = known.get("r"), known.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
-        raise BadInput(f"{folder / 'adapter_config.json'} has r {rank!r}, lora_alpha {alpha!r}")
+    need(type(rank) is int and rank > 0 and type(alpha) in (int, float) and alpha > 0,
+         f"{folder / 'adapter_config.json'} has r {rank!r}, lora_alpha {alpha!r}")
     return {"lora_rank": rank, "lora_alpha": float(alpha)}
 
 # --------------------------------------------------------------------------------------- writing
@@ -366,35 +343,39 @@ def save_weights(model, tokenizer, folder: Path, source: Path | None, base: str 
             if not file.name.endswith(".index.json") and file.name != "agrpo.json":
                 shutil.copyfile(file, folder / file.name)
 
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yields a directory to write, which at the end takes the place of `path`."""
+    partial, old = (path.with_name(f"{path.name}.{os.getpid()}.{end}")     # two may make the same
+                    for end in ("partial", "old"))
+    yield partial
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
 def save_model(path: Path, model, tokenizer, settings: dict, source: Path | None, base: str,
                extra: dict | None = None):
     """Write a directory that open_checkpoint reads, with the settings it was made with, whole or
     not at all. extra: further modules, each as NAME.safetensors."""
-    from safetensors.torch import save_file
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")     # two may make the same base
-    save_weights(model, tokenizer, partial, source, base)
-    for name, module in (extra or {}).items():
-        state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-        save_file(state, partial / f"{name}.safetensors")
-    write_json(partial / "agrpo.json", settings)
-    if path.exists():
-        path.rename(old := path.with_name(f"{path.name}.{os.getpid()}.old"))
-        shutil.rmtree(old)
-    partial.rename(path)
+    from safetensors.torch import save_model as save_module
+    with replacing(path) as partial:
+        save_weights(model, tokenizer, partial, source, base)
+        for name, module in (extra or {}).items():
+            save_module(module, partial / f"{name}.safetensors")
+        write_json(partial / "agrpo.json", settings)
 
-def read_extra(folder: Path, name: str, shapes: dict) -> dict | None:
-    """The state of a module saved beside a model, None if there is none. Raises BadInput."""
+def load_extra(module, path: Path) -> bool:
+    """Loads a module saved beside a model; whether there is one. Raises BadInput."""
     from safetensors.torch import load_file
-    path = folder / f"{name}.safetensors"
     if not path.exists():
-        return None
-    try:
-        saved = load_file(path)
-        if {k: tuple(v.shape) for k, v in saved.items()} != shapes:
+        return False
+    with refusing(path):
+        saved, own = load_file(path), module.state_dict()
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise ValueError("not of this model")
-        return saved
-    except Exception as error:
-        raise BadInput(f"{path}: {first_line(error)}") from None
+        module.load_state_dict(saved)
+    return True
 
 def fingerprint(model) -> str:
     """Changes when the weights do: a hash of the first numbers of every parameter."""
@@ -407,20 +388,17 @@ def merge(model: str, block: int, out: str):
     """--merge: adapter and base as one checkpoint, in the base's own layout and precision, for the
     tools that read that. Raises BadInput."""
     path = Path(out)
-    if os.path.lexists(path) or not path.parent.is_dir():
-        raise BadInput(f"--merge {out!r}: " + ("exists already" if os.path.lexists(path) else
-                                               f"there is no folder {path.parent}"))
-    about, tokenizer, adapter = open_checkpoint(model, block, weights=True)
-    if not adapter:
-        raise BadInput(f"--merge: {model} holds no adapter; give the trained model: --model "
-                       "runs/NAME")
+    need(not os.path.lexists(path), f"--merge {out!r}: exists already")
+    need(path.parent.is_dir(), f"--merge {out!r}: there is no folder {path.parent}")
+    about, tokenizer = open_checkpoint(model, block, weights=True)
+    adapter = about.adapter
+    need(adapter, f"--merge: {model} holds no adapter; give the trained model: --model runs/NAME")
     net = load_adapter(load_model(about, stored_dtype(about.folder)), adapter, trainable=False)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_weights(net.merge_and_unload(), tokenizer, partial, about.folder)
-        for name in ("agrpo.json", "controller.safetensors"):  # its prompt, its sampler
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, partial / name)
-        partial.rename(path)
+        with replacing(path) as partial:
+            save_weights(net.merge_and_unload(), tokenizer, partial, about.folder)
+            for name in ("agrpo.json", "controller.safetensors"):      # its prompt, its sampler
+                if (adapter / name).is_file():
+                    shutil.copyfile(adapter / name, partial / name)
     except OSError as error:
         raise BadInput(f"--merge {path}: {error.strerror}") from None

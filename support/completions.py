@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards import TASKS, BadInput, grade
-from support.runs import percent, table, write_atomically
+from support.runs import need, percent, refusing, table, write_atomically
 
 HEADER = '{"settings": '               # how the first line of our files begins
 
@@ -30,22 +30,17 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
     """The rows of a file that was made with these settings, none of a new one, which is made.
     Raises BadInput if it was made with others (unless they may be overwritten), is no file of ours
     (never overwritten), or cannot be written."""
-    if path.suffix != ".jsonl":
-        raise BadInput(f"--out {path}: must be a .jsonl file")
-    try:
+    need(path.suffix == ".jsonl", f"--out {path}: must be a .jsonl file")
+    with refusing(f"--out {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as f:
             if f.tell() == 0:
                 return []
-    except OSError as error:
-        raise BadInput(f"--out {path}: {error}") from None
     known, rows = read_completions(path)
-    if not known:
-        raise BadInput(f"--out {path}: there is such a file, and this program did not make it")
+    need(known, f"--out {path}: there is such a file, and this program did not make it")
     other = ", ".join(k for k in settings if known.get(k) != settings[k])
-    if other and not overwrite:
-        raise BadInput(f"{path} was made with another {other}: --overwrite replaces it, --out "
-                       "FILE.jsonl goes elsewhere")
+    need(overwrite or not other, f"{path} was made with another {other}: --overwrite replaces it, "
+         "--out FILE.jsonl goes elsewhere")
     return [] if overwrite else rows
 
 @contextlib.contextmanager
@@ -93,18 +88,18 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     """Grade the completions of a file again, ours or {question, completion, gold} as d1 publishes
     them; print the shares and what changed. Raises BadInput."""
     settings, rows = read_completions(path)
-    theirs = settings.get("task", task)
-    if not rows or theirs not in TASKS or theirs != (task or theirs):
-        raise BadInput(f"--regrade {path}: {len(rows) or 'no'} completions, of task {theirs!r}: "
-                       "--task tells which where the file does not")
-    settings = {**settings, "task": theirs, "regraded": str(path)}
+    asked, task = task, settings.get("task", task)
+    need(rows and task in TASKS and asked in ("", task),
+         f"--regrade {path}: {len(rows) or 'no'} completions, of task {task!r}: --task tells which "
+         "where the file does not")
+    settings = {**settings, "task": task, "regraded": str(path)}
     if out:
         open_completions(Path(out), settings, overwrite)
-    changed, groups, beside = [], {}, TASKS[theirs].beside
+    changed, groups, beside = [], {}, TASKS[task].beside
     for number, row in enumerate(rows, start=1):
         try:
-            example = row["example"] if "example" in row else TASKS[theirs].row(row)
-            new = {**row, **grade_row(theirs, row["completion"], example), "example": example}
+            example = row["example"] if "example" in row else TASKS[task].row(row)
+            new = {**row, **grade_row(task, row["completion"], example), "example": example}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"--regrade {path}, completion {number}: {type(error).__name__} {error}"
                            ) from None
@@ -115,14 +110,14 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     lines = []
     for (length, steps), graded in groups.items():
         n, solved = len(graded), sum(row["grade"] == 1 for row in graded)
-        share = percent({"solved": solved / n, "ci95": wilson(solved, n)})
         lines.append({"length": length, "steps": steps, "n": n, "solved": solved,
-                      "share (95 % interval)": share})
+                      "share (95 % interval)": percent(
+                          {"solved": solved / n, "ci95": wilson(solved, n)})})
         if beside:
             lines[-1][beside[0]] = f"{100 * sum(row[beside[0]] for row in graded) / n:.1f} %"
     print(table(lines), *changed[:20], sep="\n")
     if out:
-        kept = [{"settings": settings}, *(row for graded in groups.values() for row in graded)]
+        kept = sum(groups.values(), [{"settings": settings}])
         write_atomically(Path(out), lambda f: f.writelines(
             (json.dumps(row) + "\n").encode() for row in kept))
     return 0

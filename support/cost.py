@@ -4,7 +4,7 @@ import math
 import os
 import resource
 import sys
-import time
+import timeit
 import traceback
 
 import torch
@@ -30,7 +30,7 @@ def adapter_count(config, rank: int) -> int:
     sides = [(h, q), (h, kv), (h, kv), (q, h)] + 3 * [(h, config.intermediate_size)]
     return config.num_hidden_layers * rank * sum(a + b for a, b in sides)
 
-def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) -> dict:
+def estimate(config, cfg, prompt_length: int, half: bool) -> dict:
     """Of a training step: gigabytes of memory per process (weights; trained: gradients and AdamW's
     moments, and of adapters themselves; rollout, update: what each adds at its peak) and floating
     point operations of all processes (rollout_flops, update_flops of a step, eval_flops of an
@@ -40,8 +40,8 @@ def estimate(config, cfg, prompt_length: int, half: bool, processes: int = 1) ->
     on other shapes (tests/measure/memory.py)."""
     h, inner, V = config.hidden_size, config.intermediate_size, config.vocab_size
     layers, L, C = config.num_hidden_layers, cfg.block_length, cfg.completion_length
-    width, S, frozen, tied = 2 if half else 4, prompt_length + C, cfg.lora_rank > 0, \
-        config.tie_word_embeddings
+    width, S = 2 if half else 4, prompt_length + C
+    frozen, tied = cfg.lora_rank > 0, config.tie_word_embeddings
     base, adapters = parameter_count(config), adapter_count(config, cfg.lora_rank)
     ends, full = h * V * (2 - tied), 0 if frozen else 4 * base     # embeddings and head
     weights = (base - ends) * (0.52 if cfg.quantize else width if frozen else 4)
@@ -95,27 +95,24 @@ def states_scored(cfg) -> float:
 def matmul_rate(device: str) -> float:
     """Operations per second of a large matrix product: bfloat16 on a GPU, float32 else."""
     n, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
-    a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
-    for _ in range(5):
-        clock = time.perf_counter()
-        float((a @ a)[0, 0])                                   # waits for it
-        best = min(best, time.perf_counter() - clock)
-    return 2 * n**3 / best
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    seconds = timeit.repeat(lambda: float((a @ a)[0, 0]), number=1)        # float waits for it
+    return 2 * n**3 / min(seconds)
 
-def with_checkpointing(config, cfg, prompt_length: int, device: str, processes: int):
+def with_checkpointing(config, cfg, prompt_length: int, device: str):
     """cfg with gradient_checkpointing auto decided: on where the update would otherwise not fit the
     GPU's memory, or this machine's."""
     if cfg.gradient_checkpointing != "auto":
         return cfg
     half, room = device.startswith("cuda"), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     room = torch.cuda.get_device_properties(device).total_memory if half else room
-    off, on = (dataclasses.replace(cfg, gradient_checkpointing=word) for word in ("off", "on"))
-    fits = estimate(config, off, prompt_length, half, processes)["total"] < 0.9 * room / 1e9
-    return off if fits else on
+    off = dataclasses.replace(cfg, gradient_checkpointing="off")
+    fits = estimate(config, off, prompt_length, half)["total"] < 0.9 * room / 1e9
+    return off if fits else dataclasses.replace(cfg, gradient_checkpointing="on")
 
 def announce(config, cfg, prompt_length: int, device: str, processes: int) -> str:
     """The estimate in words. Raises BadInput if weights and optimizer alone do not fit the GPU."""
-    cost = estimate(config, cfg, prompt_length, device.startswith("cuda"), processes)
+    cost = estimate(config, cfg, prompt_length, device.startswith("cuda"))
     rate = 0.4 * matmul_rate(device) * processes
     rollout, update, evaluation = (cost[f"{k}_flops"] / rate for k in ("rollout", "update", "eval"))
     step, steps = rollout + update, cfg.max_steps
@@ -129,8 +126,8 @@ def announce(config, cfg, prompt_length: int, device: str, processes: int) -> st
     if cfg.gradient_checkpointing == "on":
         text += ", activations computed twice"
     if device.startswith("cuda"):
-        room, least = torch.cuda.get_device_properties(device).total_memory / 1e9, \
-            cost["weights"] + cost["trained"]
+        room = torch.cuda.get_device_properties(device).total_memory / 1e9
+        least = cost["weights"] + cost["trained"]
         if least > room:
             smaller = ("a larger GPU" if cfg.quantize else "--quantize 4bit" if cfg.lora_rank else
                        "--lora-rank 64")

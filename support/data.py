@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rewards import TASKS, BadInput, in_split, try_task
+from support.runs import need
 
 def held_out(task: str, example: dict) -> bool:
     """Whether an example's statement, up to symmetry, is one that no training here ever sees."""
@@ -14,8 +15,8 @@ def held_out(task: str, example: dict) -> bool:
 def check_files(data: str = "", test_data: str = ""):
     """Raises BadInput unless the files can be read. Costs nothing: called before any work."""
     for flag, path in (("--data", data), ("--test-data", test_data)):
-        if path and (os.path.isdir(path) or not os.access(path, os.R_OK)):
-            raise BadInput(f"cannot read {flag} {path}: there is no such file, or it is not ours")
+        need(not path or os.access(path, os.R_OK) and not os.path.isdir(path),
+             f"cannot read {flag} {path}: there is no such file, or it is not ours")
 
 def read_rows(path: str, convert) -> list[dict]:
     """The rows of a file, .csv with a header or lines of JSON, converted. BadInput has the line."""
@@ -39,8 +40,7 @@ def read_rows(path: str, convert) -> list[dict]:
         number = table.line_num + isinstance(error, csv.Error) if table else number
         missing = "no column " if isinstance(error, KeyError) else ""
         raise BadInput(f"{path}:{number}: {missing}{error}") from None
-    if not found:
-        raise BadInput(f"{path}: no rows in it")
+    need(found, f"{path}: no rows in it")
     return found
 
 def read_pairs(path: str) -> list[dict]:
@@ -63,8 +63,7 @@ def from_file(task: str, path: str) -> list[dict]:
 
 def from_hub(task: str, split: str) -> list[dict]:
     """The examples of a published data set, downloaded once. Raises BadInput with what helps."""
-    if not TASKS[task].hub:
-        raise BadInput(f"--task {task} needs --data FILE")
+    need(TASKS[task].hub, f"--task {task} needs --data FILE")
     import datasets
     import huggingface_hub
     datasets.disable_progress_bars()
@@ -82,8 +81,7 @@ def load_examples(task: str, n: int, seed: int, split: str, path: str = "") -> l
     if path or not TASKS[task].generate:
         return (from_file(task, path) if path else from_hub(task, split))[:n or None]
     examples = list(TASKS[task].generate(n, seed, split) or [])
-    if len(examples) != n:
-        raise BadInput(f"task {task}: generate made {len(examples)} examples of {n}")
+    need(len(examples) == n, f"task {task}: generate made {len(examples)} examples of {n}")
     return examples
 
 def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_path: str = ""):
@@ -99,7 +97,6 @@ def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_p
         test, key = load_examples(task, 0, 0, "test", test_path), TASKS[task].key
         tested = set(map(key, test))
         train = [ex for ex in load_examples(task, 0, 0, "train", path) if key(ex) not in tested]
-    if not train or not test:
-        raise BadInput(f"--data {path}: too few examples to train on some and hold others out")
+    need(train and test, f"--data {path}: too few examples to train on some and hold others out")
     try_task(task, train[0])
     return train, test[:n_test]

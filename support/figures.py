@@ -25,29 +25,25 @@ def label_end(axis, x, y, text, colour):
     axis.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", va="center",
                   color=colour, fontsize=9)
 
-def smoothed(share: list) -> list:
-    """Means of the last ten."""
-    return [sum(share[max(0, i - 9):i + 1]) / len(share[max(0, i - 9):i + 1])
-            for i in range(len(share))]
-
 def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO"):
     """Solved share against training minutes; runs: (rows of log.csv, base, trained or None), one
     per seed: their mean, and a band from the lowest to the highest. Completions sampled in training
     (mean of ten steps) and held-out ones decoded greedily."""
+    import pandas as pd
+
     def draw(axis):
         sampled, held = [], []                                 # of each run: minutes, %
         for rows, base, trained in runs:
-            minutes = np.cumsum([float(row["rollout_seconds"]) + float(row["update_seconds"])
-                                 for row in rows]) / 60
-            share = [100 * float(row["solved"]) for row in rows if "solved" in row]
-            if len(runs) == 1:
-                axis.plot(minutes[:len(share)], share, color=COLOUR["sampled"], alpha=0.3, lw=0.6)
-            sampled += [(minutes, smoothed(share))] if share else []
-            points = [(0.0, 100 * base["solved"])]
-            points += [(m, 100 * float(r["heldout"])) for m, r in zip(minutes[:-1], rows)
-                       if r["heldout"]]
-            points += [(minutes[-1], 100 * trained["solved"])] if trained else []
-            held.append(list(zip(*points)))
+            log = pd.DataFrame(rows).apply(pd.to_numeric, errors="coerce")
+            log.index = (log.rollout_seconds + log.update_seconds).cumsum() / 60
+            if "solved" in log:
+                share = 100 * log.solved
+                if len(runs) == 1:
+                    axis.plot(share, color=COLOUR["sampled"], alpha=0.3, lw=0.6)
+                sampled.append((log.index, share.rolling(10, min_periods=1).mean()))
+            points = {0.0: base["solved"], **log.heldout.iloc[:-1].dropna()}
+            points |= {log.index[-1]: trained["solved"]} if trained else {}
+            held.append(([*points], [100 * y for y in points.values()]))
         end = max(x[-1] for x, _ in held + sampled)            # a run that has ended stays there
         grid, ends = np.linspace(0, end, 101), []
         base = 100 * sum(b["solved"] for _, b, _ in runs) / len(runs)

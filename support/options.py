@@ -20,7 +20,7 @@ from support.checkpoints import (adapter_shape, base_of, check_model_exists, in_
                                  open_checkpoint)
 from support.cost import SMALL, parameter_count
 from support.data import check_files
-from support.runs import read_json
+from support.runs import need, read_json
 
 TINY = ("tiny", "tiny-block")          # models made here
 LLADA = "GSAI-ML/LLaDA-8B-Instruct"    # what the tasks without a tiny model start from
@@ -98,10 +98,11 @@ SFT = {                                # --sft: tiny models, others
     False: {"lr": 1e-5, "max_steps": 1000, "prompts": 16, "warmup": 20, "decay_steps": 1000}}
 GREEDY = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0,
           "top_p": 1.0}                # how models are evaluated, as in the paper
-WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # prefix, dual
+APPROXIMATE = ("prefix", "dual")       # of the caches
+WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # these
 MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass",
               "gradient_checkpointing", "compile", "report_to")                # on --resume
-CONTROLLED = {"threshold": "threshold", "entropy": "entropy_bound"}            # the sampler set
+CONTROLLED = {"threshold": "threshold", "entropy": "entropy_bound"}    # by which --unmasking
 CHOICES = {
     "task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
     "device": ("auto", "cpu", "cuda"), "position_term": ("on", "off"),
@@ -111,11 +112,10 @@ CHOICES = {
     "kl_reference": ("base", "old"), "controller": ("off", *CONTROLLED),
     "controller_training": ("joint", "alone"),
     "report_to": ("", "tensorboard", "wandb", "trackio")}      # and the tables of agrpo.py
-MAY_BE_ZERO = {
-    "seed", "max_steps", "top_k", "entropy_bound", "overlong_penalty", "overlong_from", "warmup",
-    "decay_steps", "weight_decay", "eval_every", "base_lazy", "lora_rank", "eval_length",
-    "eval_block_length", "model_block", "dynamic_sampling", "clip_high", "kl", "prompt_masking",
-    "importance_cap", "truncation", "update_block", "gamma", "lam", "alpha"}
+MAY_BE_ZERO = {                        # beside those that are 0 by default
+    "max_steps", "entropy_bound", "overlong_from", "warmup", "weight_decay", "eval_every",
+    "base_lazy", "dynamic_sampling", "prompt_masking", "importance_cap", "truncation", "gamma",
+    "lam", "alpha"}
 
 def flag(name: str) -> str:
     """max_steps -> --max-steps"""
@@ -164,24 +164,24 @@ def check_values(cfg, choices: dict, may_be_zero: set):
             words = ", ".join(filter(None, rows))
             raise BadInput(f"unknown {flag(field.name)} {value!r}: one of {words}")
         if field.type in (int, float):
-            if value >= 2**31:
-                raise BadInput(f"{flag(field.name)} is too large")
-            zero = field.name in may_be_zero
-            if not (value > 0 or value == 0 and zero):         # nan is neither
-                least = "at least" if zero else "above"
-                raise BadInput(f"{flag(field.name)} {value} must be {least} 0")
+            need(not value >= 2**31, f"{flag(field.name)} is too large")
+            zero = field.default == 0 or field.name in may_be_zero
+            least = "at least" if zero else "above"            # nan is neither
+            need(value > 0 or value == 0 and zero, f"{flag(field.name)} {value} must be {least} 0")
 
 def numbers(text: str, name: str) -> list[int]:
     """"16,8" -> [16, 8], each once. Raises BadInput."""
-    if not re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", text):
-        raise BadInput(f"{name} {text!r}: numbers separated by commas")
+    need(re.fullmatch(r"\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*", text),
+         f"{name} {text!r}: numbers separated by commas")
     return list(dict.fromkeys(map(int, text.split(","))))
 
 # ------------------------------------------------------------------------ settings before flags
 def made_here(model: str) -> str:
     """Which of TINY a model is, or was trained from; "" for others."""
-    if model in TINY or not Path(model).is_dir():
-        return model if model in TINY else ""
+    if model in TINY:
+        return model
+    if not Path(model).is_dir():
+        return ""
     folder = in_run(Path(model))
     if (folder / "adapter_config.json").is_file():
         folder = in_run(Path(base_of(folder)))
@@ -197,8 +197,7 @@ def saved_settings(model: str) -> dict:
 def before_flags(given: dict, published: dict) -> dict:
     """What the task, the kind of model, the method (published: as it is in the literature), the
     preset and the GPU's memory ask for."""
-    task, preset, sft = (given.get(name, "") for name in ("task", "preset", "sft"))
-    task = task or "sudoku"
+    task, preset = given.get("task", "sudoku"), given.get("preset", "")
     model = given.get("model") or ("tiny" if TASKS[task].speaks_tiny else LLADA)
     if model not in TINY:
         check_model_exists(model)
@@ -215,7 +214,7 @@ def before_flags(given: dict, published: dict) -> dict:
         settings["shrink"] = 2                                 # 8 of 128 would be half a step of 8
     if kind or preset.endswith("gb"):
         settings |= PRESETS[preset]
-    return {**settings, **(SFT[bool(kind)] if sft else {})}
+    return settings | (SFT[bool(kind)] if given.get("sft") else {})
 
 def with_prompt(cfg):
     """The prompt settled: the one given, else the one this checkpoint was trained with here, else
@@ -237,37 +236,36 @@ def with_model(cfg, given: dict):
     need_gpu(cfg)
     def unless_given(**settings):
         return dataclasses.replace(cfg, **{k: v for k, v in settings.items() if k not in given})
-    if cfg.model == "tiny" and cfg.model_block:
-        raise BadInput("--model-block: the model tiny attends both ways, tiny-block in blocks")
-    block, adapter = tiny_block(cfg), None
-    if cfg.model not in TINY:
-        checkpoint, _, adapter = open_checkpoint(cfg.model, cfg.model_block)
-        block = checkpoint.block
-    if adapter and cfg.lora_rank:
-        own = adapter_shape(adapter)
+    need(cfg.model != "tiny" or not cfg.model_block,
+         "--model-block: the model tiny attends both ways, tiny-block in blocks")
+    about = None if cfg.model in TINY else open_checkpoint(cfg.model, cfg.model_block)[0]
+    block = about.block if about else tiny_block(cfg)
+    if about and about.adapter and cfg.lora_rank:
+        own = adapter_shape(about.adapter)
         if other := [f"{flag(k)} {given[k]}" for k in own if given.get(k, own[k]) != own[k]]:
             raise BadInput(f"{other[0]}: the adapter in {cfg.model} has "
                            f"{', '.join(f'{k} {v}' for k, v in own.items())}; --lora-rank 0 trains "
                            "all weights")
         cfg = dataclasses.replace(cfg, **own)
     cache = given.get("cache", "block" if block else "none")
-    if cache in (("prefix", "dual") if block else ("block",)):
-        kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
-        raise BadInput(f"--cache {cache}: {cfg.model} attends {kinds}")
+    kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
+    need(cache not in (APPROXIMATE if block else ("block",)),
+         f"--cache {cache}: {cfg.model} attends {kinds}")
     cfg = dataclasses.replace(cfg, cache=cache)
-    if cache in ("prefix", "dual") and cfg.method in ("agrpo", "exact"):
+    if cache in APPROXIMATE and cfg.method in ("agrpo", "exact"):
         cfg = unless_given(**WITH_CACHE)
-    if not block and (cfg.method == "dipo" or cfg.update_block):
-        needs = "--update-block" if cfg.update_block else "--method dipo"
-        raise BadInput(f"{needs} needs a block-causal model (SDAR, --model tiny-block): "
-                       f"{cfg.model} attends in both directions")
+    needs = "--update-block" if cfg.update_block else "--method dipo"
+    need(block or cfg.method != "dipo" and not cfg.update_block,
+         f"{needs} needs a block-causal model (SDAR, --model tiny-block): {cfg.model} attends in "
+         "both directions")
     C = cfg.completion_length
-    if cfg.controller != "off":                                # it may take any number of steps
+    controlled = cfg.controller != "off"
+    if controlled:                                             # it may take any number of steps
         rule, had = CONTROLLED[cfg.controller], saved_settings(cfg.model).get("controller", "off")
-        if given.get("unmasking", rule) != rule:
-            raise BadInput(f"--controller {cfg.controller} goes with --unmasking {rule}")
-        if had not in ("off", cfg.controller):
-            raise BadInput(f"--controller {cfg.controller}: {cfg.model} has another kind, {had}")
+        need(given.get("unmasking", rule) == rule,
+             f"--controller {cfg.controller} goes with --unmasking {rule}")
+        need(had in ("off", cfg.controller),
+             f"--controller {cfg.controller}: {cfg.model} has another kind, {had}")
         cfg = unless_given(unmasking=rule, steps=C, position_term="off",
                            eval_steps=str(cfg.eval_length or C))
     if not block:
@@ -275,24 +273,20 @@ def with_model(cfg, given: dict):
     if other := {given.get(k, block) for k in ("block_length", "eval_block_length")} - {block, 0}:
         raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of "
                        f"{block}; leave it out")
-    steps = eval_steps = C
+    steps, eval_steps = C, str(cfg.eval_length or C)
     if made_here(cfg.model) and "completion_length" not in given:
         C = (-(-C // block) + 1) * block                       # the first is what the prompt left
-        halves = [C >> k for k in range(3) if block % 2**k == 0]
+        halves = [C >> k for k in range(1 if controlled else 3) if block % 2**k == 0]
         steps, eval_steps = halves[:2][-1], ",".join(map(str, halves))
-        if cfg.controller != "off":
-            steps, eval_steps = C, C
-    elif cfg.eval_length:
-        eval_steps = cfg.eval_length
     return unless_given(block_length=block, eval_block_length=block, shrink=1, completion_length=C,
-                        steps=steps, eval_steps=str(eval_steps))
+                        steps=steps, eval_steps=eval_steps)
 
 def for_evaluation(cfg):
     """cfg with the greedy sampler, or the controller's, and the shape to evaluate with."""
     at = dataclasses.replace(
         cfg, completion_length=cfg.eval_length or cfg.completion_length,
         block_length=cfg.eval_block_length or cfg.block_length,
-        cache="none" if cfg.cache in ("prefix", "dual") else cfg.cache, **GREEDY)
+        cache="none" if cfg.cache in APPROXIMATE else cfg.cache, **GREEDY)
     if cfg.controller == "off":
         return at
     return dataclasses.replace(at, unmasking=CONTROLLED[cfg.controller], controller_sigma=1e-9)
@@ -313,50 +307,45 @@ def need_gpu(cfg):
     small = local and parameter_count(
         open_checkpoint(cfg.model, cfg.model_block)[0].config) < SMALL
     asked = not local and cfg.device == "cpu" and cfg.model != LLADA
-    if device_for(cfg) == "cpu" and not small and not asked:
-        raise BadInput(
-            f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters "
-            "with adapters), and there is none here. Here runs: python agrpo.py --task sudoku (a "
-            "tiny model, minutes; of your own tasks, those with generate and lazy), or --model DIR "
-            "--device cpu with a checkpoint below 1 billion parameters (the README makes one)")
+    need(small or asked or device_for(cfg) != "cpu",
+         f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with "
+         "adapters), and there is none here. Here runs: python agrpo.py --task sudoku (a tiny "
+         "model, minutes; of your own tasks, those with generate and lazy), or --model DIR "
+         "--device cpu with a checkpoint below 1 billion parameters (the README makes one)")
 
-GOES_WITH = (                          # settings, what they act with only, whether it is there
-    ("mc_steps timesteps", "--method agrpo", lambda c: c.method == "agrpo"),
+GOES_WITH = (                          # settings, and what they act with only
+    ("mc_steps timesteps", "--method agrpo"),
     ("preset", "--method agrpo", lambda c: c.preset != "official" or c.method == "agrpo"),
     ("clip clip_high", "--inner-epochs 2 or more: at the first every ratio is 1",
      lambda c: c.inner_epochs > 1),
-    ("kl_reference", "--kl", lambda c: c.kl > 0),
+    ("kl_reference", "--kl"),
     ("kl", "--inner-epochs 2 or more, or --kl-reference base",
      lambda c: c.inner_epochs > 1 or c.kl_reference == "base"),
-    ("lora_alpha", "--lora-rank", lambda c: c.lora_rank > 0),
-    ("overlong_from", "--overlong-penalty", lambda c: c.overlong_penalty > 0),
-    ("order_score", "--unmasking confidence or plackett_luce",
-     lambda c: c.unmasking in ("confidence", "plackett_luce")),
-    ("tau_pos", "--unmasking plackett_luce", lambda c: c.unmasking == "plackett_luce"),
-    ("threshold", "--unmasking threshold", lambda c: c.unmasking == "threshold"),
-    ("entropy_bound", "--unmasking entropy_bound", lambda c: c.unmasking == "entropy_bound"),
-    ("importance_cap importance_level", "--cache prefix or dual",
-     lambda c: c.cache in ("prefix", "dual")),
-    ("prompt_masking", "--method diffu-grpo", lambda c: c.method == "diffu-grpo"),
-    ("truncation", "--method diffpo", lambda c: c.method == "diffpo"),
-    ("dynamic_sampling", "--method dipo", lambda c: c.method == "dipo"),
-    ("shrink update_block value_model", "--method tracerl", lambda c: c.method == "tracerl"),
-    ("gamma lam value_lr", "--value-model on", lambda c: c.value_model == "on"),
-    ("alpha controller_training controller_sigma controller_lr", "--controller",
-     lambda c: c.controller != "off"))
+    ("lora_alpha", "--lora-rank"), ("overlong_from", "--overlong-penalty"),
+    ("order_score", "--unmasking confidence or plackett_luce"),
+    ("tau_pos", "--unmasking plackett_luce"), ("threshold", "--unmasking threshold"),
+    ("entropy_bound", "--unmasking entropy_bound"),
+    ("importance_cap importance_level", "--cache prefix or dual"),
+    ("prompt_masking", "--method diffu-grpo"), ("truncation", "--method diffpo"),
+    ("dynamic_sampling", "--method dipo"), ("shrink update_block value_model", "--method tracerl"),
+    ("gamma lam value_lr", "--value-model on"),
+    ("alpha controller_training controller_sigma controller_lr", "--controller"))
+
+def is_set(cfg, words: str) -> bool:
+    """Whether a flag has one of the values that the words give, or, without any, is not off."""
+    name, _, values = words[2:].partition(" ")
+    value = getattr(cfg, name.replace("-", "_"))
+    return value in values.split(" or ") if values else value not in (0, "off")
 
 def check_goes_with(cfg, given):
     """Raises BadInput for a setting given that would not act."""
-    for names, words, holds in GOES_WITH:
+    for names, words, *rule in GOES_WITH:
         for name in set(names.split()) & set(given):
-            if not holds(cfg):
-                raise BadInput(f"{flag(name)} {getattr(cfg, name)} goes with {words}")
+            need(rule[0](cfg) if rule else is_set(cfg, words),
+                 f"{flag(name)} {getattr(cfg, name)} goes with {words}")
 
 def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), training=True):
     """Raises BadInput with one line for any setting that cannot work, before any work."""
-    def need(holds, message):
-        if not holds:
-            raise BadInput(message)
     zero = MAY_BE_ZERO | (set() if training else {"temperature"})
     check_values(cfg, {**CHOICES, **choices}, zero)
     speak = " and ".join(name for name, task in TASKS.items() if task.speaks_tiny)
@@ -364,9 +353,9 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          f"--model {cfg.model} speaks {speak} only (tasks with generate and lazy): --task "
          f"{cfg.task} needs --model DIR")
     at, C = for_evaluation(cfg), cfg.completion_length
-    for length, L, all_steps in ((C, cfg.block_length, [cfg.steps] if training else []),
-                                 (at.completion_length, at.block_length,
-                                  numbers(cfg.eval_steps, "--eval-steps"))):
+    for part, all_steps in ((cfg, [cfg.steps] if training else []),
+                            (at, numbers(cfg.eval_steps, "--eval-steps"))):
+        length, L = part.completion_length, part.block_length
         need(length % L == 0, f"completion length {length} is not a multiple of --block-length {L}")
         fit = [n for n in range(length, 0, -1) if length % n == 0 and n * L % length == 0]
         for steps in all_steps:
@@ -381,8 +370,7 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
         need(getattr(cfg, name) <= 1, f"{flag(name)} must be at most 1")
     for name in ("overlong_from", "prompt_masking"):
         need(getattr(cfg, name) < 1, f"{flag(name)} must be below 1")
-    for name in ("temperature", "tau_pos"):
-        value = getattr(cfg, name)
+    for name, value in (("temperature", cfg.temperature), ("tau_pos", cfg.tau_pos)):
         need(1e-3 <= value <= 1e3 or value == 0 == cfg.temperature,
              f"{flag(name)} {value} must be between 0.001 and 1000")
     need(not cfg.test_data or cfg.data or TASKS[cfg.task].hub, "--test-data goes with --data")
@@ -401,13 +389,12 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          f"--quantize {cfg.quantize} needs a GPU, bitsandbytes and adapters (--lora-rank 64)")
     need(not cfg.report_to or find_spec(cfg.report_to),
          f"--report-to {cfg.report_to}: the package {cfg.report_to} is not installed")
-    need(not cfg.sft or cfg.sft == "gold" or Path(cfg.sft).is_file(),
+    need(cfg.sft in ("", "gold") or Path(cfg.sft).is_file(),
          f"--sft {cfg.sft}: gold, or a file of prompts and completions")
     need(not cfg.sft or cfg.controller == cfg.value_model == "off",
          "--sft trains no controller and no value model")
     if not training:
         return check_goes_with(cfg, given)
-    cached = cfg.cache in ("prefix", "dual")
     need(cfg.position_term == "off" or not order_term or published.get("position_term") != "off",
          f"--position-term on goes with states as the sampler saw them (agrpo, exact), --method "
          f"{cfg.method} scores tokens only")
@@ -417,34 +404,34 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
     need(cfg.controller == "off" or cfg.value_model == "off" and not cfg.update_block
          and cfg.method != "dipo" or cfg.method == "dipo" and not cfg.dynamic_sampling,
          "--controller goes without --value-model, --update-block and --dynamic-sampling")
-    need(not cached or cfg.controller == cfg.value_model == "off" and not cfg.sft,
-         f"--cache {cfg.cache} goes without --controller, --value-model, --sft")
-    need(not cached or cfg.method in ("agrpo", "exact")
-         or cfg.method == "tracerl" and cfg.shrink == 1,
-         f"--cache {cfg.cache} goes with states as the sampler saw them (agrpo, exact, tracerl "
-         "--shrink 1)")
-    whole = cached and cfg.importance_cap and cfg.importance_level == "completion"
-    need(not whole or cfg.normalizer != "last_step",
-         "--normalizer last_step counts only a part of the steps, whole completions are weighted "
-         "by all: --normalizer steps, or --importance-level step")
-    need(not whole or cfg.method != "agrpo" or cfg.timesteps == "independent_gradient",
-         f"--timesteps {cfg.timesteps} with --cache {cfg.cache}: --timesteps independent_gradient "
-         "(whole completions are weighted by steps drawn so), or --importance-level step")
-    need(not cached or cfg.position_term == "off" or not order_term or whole,
-         f"--position-term on with --cache {cfg.cache} needs weights of whole completions: "
-         "--importance-level completion and --importance-cap above 0, or --position-term off")
+    if cfg.cache in APPROXIMATE:
+        need(cfg.controller == cfg.value_model == "off" and not cfg.sft,
+             f"--cache {cfg.cache} goes without --controller, --value-model, --sft")
+        need(cfg.method in ("agrpo", "exact") or cfg.method == "tracerl" and cfg.shrink == 1,
+             f"--cache {cfg.cache} goes with states as the sampler saw them (agrpo, exact, tracerl "
+             "--shrink 1)")
+        whole = cfg.importance_cap and cfg.importance_level == "completion"
+        need(not whole or cfg.normalizer != "last_step",
+             "--normalizer last_step counts only a part of the steps, whole completions are "
+             "weighted by all: --normalizer steps, or --importance-level step")
+        need(not whole or cfg.method != "agrpo" or cfg.timesteps == "independent_gradient",
+             f"--timesteps {cfg.timesteps} with --cache {cfg.cache}: --timesteps "
+             "independent_gradient (whole completions are weighted by steps drawn so), or "
+             "--importance-level step")
+        need(whole or cfg.position_term == "off" or not order_term,
+             f"--position-term on with --cache {cfg.cache} needs weights of whole completions: "
+             "--importance-level completion and --importance-cap above 0, or --position-term off")
     check_goes_with(cfg, given)
 
 def default_name(cfg) -> str:
     """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the
     run apart from the plain one."""
-    begun = [cfg.model] if cfg.model == "tiny-block" else []
-    if made_here(cfg.model) and cfg.model not in TINY:
-        begun = [f"on-{Path(cfg.model).name}"]
-    what = [cfg.method, cfg.preset]
-    if cfg.method == "agrpo":
-        what = [cfg.preset or cfg.method]
-    what = ["sft"] if cfg.sft else [*filter(None, what)]
-    what += ["value"] * (cfg.value_model == "on")
-    what += [f"{cfg.controller}-{cfg.controller_training}"] * (cfg.controller != "off")
-    return "-".join([cfg.task, *begun, *what, f"seed{cfg.seed}"])[:100]
+    trained_on = made_here(cfg.model) and cfg.model not in TINY
+    method = "" if cfg.method == "agrpo" and cfg.preset else cfg.method
+    parts = (cfg.task, "tiny-block" if cfg.model == "tiny-block" else "",
+             f"on-{Path(cfg.model).name}" if trained_on else "",
+             *(["sft"] if cfg.sft else [method, cfg.preset]),
+             "value" if cfg.value_model == "on" else "",
+             f"{cfg.controller}-{cfg.controller_training}" if cfg.controller != "off" else "",
+             f"seed{cfg.seed}")
+    return "-".join(filter(None, parts))[:100]

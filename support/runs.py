@@ -5,10 +5,11 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,15 +37,29 @@ def first_line(error: Exception) -> str:
     lines = lines or [type(error).__name__]
     return " ".join(lines[:2 if lines[0].endswith(":") else 1])
 
+def need(holds, message: str):
+    """Raises BadInput with the message unless the condition holds."""
+    if not holds:
+        raise BadInput(message)
+
+@contextlib.contextmanager
+def refusing(what: str):
+    """Within `with`, an error of a library, whatever its kind, is BadInput: what, and why in one
+    line."""
+    try:
+        yield
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BadInput(f"{what}: {first_line(error)}") from None
+
 def read_json(path: Path, kind: type = dict):
     """The object in a JSON file. Raises BadInput if there is none of this kind."""
-    try:
+    with refusing(f"cannot read {path}"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
-    if not isinstance(value, kind) or not value:
-        what = "object" if kind is dict else "list"
-        raise BadInput(f"cannot read {path}: not a JSON {what} with something in it")
+    what = "object" if kind is dict else "list"
+    need(isinstance(value, kind) and value,
+         f"cannot read {path}: not a JSON {what} with something in it")
     return value
 
 def write_json(path: Path, value):
@@ -55,42 +70,35 @@ def read_settings(path: Path, settings: type):
     """The settings that a run kept. Raises BadInput."""
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     known = {k: v for k, v in read_json(path).items() if k in kinds}
-    if known.get("task") not in TASKS or any(type(v) is not kinds[k] for k, v in known.items()):
-        raise BadInput(f"{path} is not the configuration of a run")
+    need(known.get("task") in TASKS and all(type(v) is kinds[k] for k, v in known.items()),
+         f"{path} is not the configuration of a run")
     return settings(**known)
 
 def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwrite: bool):
     """Raises BadInput if the folder holds something already, or, to be resumed, no run or one of
     other settings."""
-    if folder.parent.exists() and not folder.parent.is_dir():
-        raise BadInput(f"{folder.parent} is not a folder")
+    need(folder.parent.is_dir() or not folder.parent.exists(), f"{folder.parent} is not a folder")
+    need(not (resume and overwrite), "--resume and --overwrite contradict each other")
     is_run = (folder / "config.json").is_file() and not folder.is_symlink()
-    if resume and overwrite:
-        raise BadInput("--resume and --overwrite contradict each other")
-    if resume and not is_run:
-        raise BadInput(f"--resume: no run in {folder}")
+    need(is_run or not resume, f"--resume: no run in {folder}")
     free = not os.path.lexists(folder) or folder.is_dir() and all(
         p.name.endswith(".partial") for p in folder.iterdir())     # a kill at birth leaves that
-    if not free and not resume and not (overwrite and is_run):
-        raise BadInput(f"{folder} holds a run already: --resume continues it, --overwrite replaces "
-                       "it, --name NAME starts another" if is_run else
-                       f"{folder} exists and is not a run folder: --name NAME starts elsewhere")
+    need(free or resume or overwrite and is_run,
+         f"{folder} holds a run already: --resume continues it, --overwrite replaces it, --name "
+         "NAME starts another" if is_run else
+         f"{folder} exists and is not a run folder: --name NAME starts elsewhere")
     if not resume:
         return
     saved = read_json(folder / "config.json")
     if other := [k for k, v in settings.items() if k not in may_change and saved.get(k, v) != v]:
         was, now = (", ".join(f"{k}={of.get(k)!r}" for k in other) for of in (saved, settings))
         raise BadInput(f"{folder} was run with {was}, not {now}")
-    done = steps_done(folder / "checkpoint.pt")
-    if done > settings["max_steps"]:
-        raise BadInput(f"--max-steps {settings['max_steps']}: {folder} has done {done} already, "
-                       "--name NAME starts another run")
-
-def steps_done(checkpoint: Path) -> int:
-    """Of a run, by its checkpoint; 0 without one, or where it cannot be read."""
-    with contextlib.suppress(Exception):                       # torch raises many kinds
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"])
-    return 0
+    done = 0
+    with contextlib.suppress(Exception):                       # none yet, or told when it is loaded
+        done = int(torch.load(folder / "checkpoint.pt", mmap=True, map_location="cpu",
+                              weights_only=True)["step"])
+    need(done <= settings["max_steps"], f"--max-steps {settings['max_steps']}: {folder} has done "
+         f"{done} already, --name NAME starts another run")
 
 def begin(folder: Path, settings: dict, overwrite: bool):
     """The run's folder with its settings, empty if it is to be overwritten. Raises BadInput."""
@@ -106,49 +114,20 @@ def begin(folder: Path, settings: dict, overwrite: bool):
 def trained_weights(model) -> dict:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-def copied(value):
-    """A copy in main memory of the tensors in nested dicts and lists."""
-    if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [copied(v) for v in value]
-    return value.detach().to("cpu", copy=True) if hasattr(value, "detach") else value
-
-class Writer:
-    """Writes files while training goes on, one after the other; within `with`, at whose end all
-    are written."""
-    def __enter__(self):
-        self.pool, self.last = ThreadPoolExecutor(1), None
-        return self
-
-    def submit(self, work):
-        """Raises what went wrong with the file before."""
-        last, self.last = self.last, None
-        if last:
-            last.result()
-        self.last = self.pool.submit(work) if work else None
-
-    def __exit__(self, kind, error, trace):
-        try:
-            self.submit(None)
-        except Exception as failed:
-            if error is None:
-                raise
-            print(f"the last checkpoint was not written: {first_line(failed)}", file=sys.stderr)
-        finally:
-            self.pool.shutdown()
-
-def save_checkpoint(path: Path, model, optimizer, writer: Writer, **rest):
-    """The trained weights, the optimizer's state and the rest, atomically, while training runs."""
-    weights = {name: p.data for name, p in trained_weights(model).items()}
-    state = copied({"model": weights, "optimizer": optimizer.state_dict(), **rest})
-    writer.submit(lambda: write_atomically(path, lambda f: torch.save(state, f)))
+def save_checkpoint(path: Path, model, optimizer, **rest):
+    """The trained weights, the optimizer's state and the rest, whole or not at all."""
+    weights = {name: p.detach() for name, p in trained_weights(model).items()}
+    state = {"model": weights, "optimizer": optimizer.state_dict(), **rest}
+    write_atomically(path, lambda f: torch.save(state, f))
 
 def load_checkpoint(path: Path, model, optimizer) -> dict:
     """Puts a checkpoint's weights into model and optimizer; returns its step and seconds. Raises
     BadInput."""
-    try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with refusing(f"{path} cannot be read"):
+        try:
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError("it is no checkpoint, or not whole") from None
         weights = trained_weights(model)
         if saved["model"].keys() != weights.keys():
             raise ValueError("it holds other weights")
@@ -157,12 +136,6 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
                 parameter.copy_(saved["model"][name])
         optimizer.load_state_dict(saved["optimizer"])
         return {"step": saved["step"], "seconds": saved["seconds"]}
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:                                 # torch raises many kinds
-        why = first_line(error)
-        why = "it is no checkpoint, or not whole" if "weights_only" in why else why
-        raise BadInput(f"{path} cannot be read: {why}") from None
 
 # -------------------------------------------------------------------------------------------- log
 ENDS = {True: ("step", "loss", "grad_norm", "skipped", "lr"),      # columns, of fine-tuning and RL
@@ -182,17 +155,14 @@ def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
     written, is done again. Raises BadInput."""
     if not path.is_file():
         return []
-    with open(path, newline="", errors="replace") as f:
-        try:
-            return [row for row in csv.DictReader(f) if None not in row.values()
-                    and row.get("step", "").isdecimal() and int(row["step"]) < before_step]
-        except csv.Error as error:
-            raise BadInput(f"{path}: {error}") from None
+    with refusing(path), open(path, newline="", errors="replace") as f:
+        return [row for row in csv.DictReader(f) if None not in row.values()
+                and row.get("step", "").isdecimal() and int(row["step"]) < before_step]
 
 def write_log(path: Path, rows: list[dict]):
     """All rows of a log.csv, whole or not at all."""
-    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)] if rows else []
-    write_atomically(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+    lines = [",".join(line) + "\n" for line in (*rows[:1], *map(dict.values, rows))]
+    write_atomically(path, lambda f: f.write("".join(lines).encode()))
 
 def append_log(path: Path, row: dict):
     """One row more; the first brings the header."""
@@ -211,56 +181,60 @@ def tracker(cfg, folder: Path):
     accelerator = Accelerator(cpu=cfg.device == "cpu", log_with=cfg.report_to, project_dir=folder)
     accelerator.init_trackers("agrpo", dataclasses.asdict(cfg))
     try:
-        yield lambda row: accelerator.log(
-            {k: v for k, v in row.items() if not isinstance(v, str)}, step=row["step"])
+        yield lambda row: accelerator.log(row, step=row["step"])
     finally:
         accelerator.end_training()
 
 # --------------------------------------------------------------------------------- a training run
-class StopRequest:
+@contextlib.contextmanager
+def stop_requests():
     """Within `with`, the first Ctrl-C or SIGTERM lets the current step finish and be saved; a
-    second one ends at once."""
-    def __enter__(self):
-        self.wanted = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    second one ends at once. Yields the list of those that came."""
+    came = []
 
-    def ask(self, number, frame):
-        if self.wanted:
+    def ask(number, frame):
+        if came:
             raise KeyboardInterrupt
-        self.wanted = True
+        came.append(number)
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-    def __exit__(self, *exc):
-        for number, handler in self.before.items():
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 GIVE_UP = 3                            # steps in a row whose loss or gradient is not finite
 
+@dataclasses.dataclass
 class Run:
     """What agrpo.train asks of a run: settings, model, data, the steps left to do, and a place for
     what each of them returns: log, checkpoints, held-out curve."""
-
-    def __init__(self, cfg, folder: Path, policy, examples: list, sample, method, evaluate):
-        """evaluate() -> a result with solved and seconds, for the held-out curve."""
-        self.cfg, self.folder, self.policy, self.examples = cfg, folder, policy, examples
-        self.sample, self.method, self.evaluate = sample, method, evaluate
-        self.seconds = {"base_model": 0.0, "rollout": 0.0, "update": 0.0, "eval": 0.0}
-        self.stopped, self.skipped, self.first = False, 0, processes()[0] == 0
+    cfg: object
+    folder: Path
+    policy: torch.nn.Module
+    examples: list
+    sample: Callable                   # as agrpo.sample_step takes it
+    method: tuple                      # the row of METHODS
+    evaluate: Callable                 # () -> a result with solved and seconds
+    seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(
+        ("base_model", "rollout", "update", "eval"), 0.0))
+    stopped: bool = False
+    skipped: int = 0                   # steps in a row
 
     def steps(self, optimizer):
         """The steps from the folder's checkpoint on, to max_steps or until a stop is asked for."""
         start, last, self.optimizer = 0, self.cfg.max_steps, optimizer
+        self.first = processes()[0] == 0
         log, self.checkpoint = self.folder / "log.csv", self.folder / "checkpoint.pt"
         if self.checkpoint.is_file():
             saved = load_checkpoint(self.checkpoint, self.policy, optimizer)
             start = saved["step"]
             self.seconds.update(saved["seconds"])
         once(lambda: write_log(log, read_log(log, before_step=start)))
-        with (tracker(self.cfg, self.folder) as self.track, StopRequest() as self.stop,
-              Writer() as self.writer, tqdm(
-                  desc="agrpo", unit="step", initial=start, total=max(start, last),
-                  disable=None if self.first else True) as self.progress):
+        with (tracker(self.cfg, self.folder) as self.track, stop_requests() as self.stops,
+              tqdm(desc="agrpo", unit="step", initial=start, total=max(start, last),
+                   disable=None if self.first else True) as self.progress):
             for step in range(start, last):
                 yield step
                 if self.stopped:
@@ -277,13 +251,13 @@ class Run:
             row["heldout"] = result["solved"]
             self.seconds["eval"] += result["seconds"]
         row["peak_memory_mb"] = peak_memory_mb()
-        self.stopped, bad = anyone(self.stop.wanted), row["skipped"]
+        self.stopped, bad = anyone(bool(self.stops)), row["skipped"]
         self.skipped = bad * (self.skipped + 1)
         save = done % cfg.save_every == 0 or self.stopped or done == cfg.max_steps
         if self.first:
             append_log(self.folder / "log.csv", row)
         if self.first and save:
-            save_checkpoint(self.checkpoint, self.policy, self.optimizer, self.writer, step=done,
+            save_checkpoint(self.checkpoint, self.policy, self.optimizer, step=done,
                             seconds=self.seconds)
         self.track(row)
         if self.skipped == GIVE_UP:
@@ -296,8 +270,8 @@ class Run:
 
 def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     """What is printed when a run begins."""
-    size, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or not only)
-                     / 1e6 for only in (False, True))
+    size, trained = (sum(p.numel() for p in some) / 1e6
+                     for some in (policy.parameters(), trained_weights(policy).values()))
     part = f", {trained:.2f} M of them trained" if trained < size else ""
     return (f"{cfg.model} model of {size:.2f} M parameters{part}; {cfg.task}: {examples} "
             f"{'answers to learn' if cfg.sft else 'examples'}, {heldout} held out; {folder} "
@@ -337,20 +311,20 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     if rows:
         plot_curves(folder / "curve.png", [(rows, base[0], trained[0])], cfg.task, learner(cfg))
     plot_frontier(folder / "frontier.png", {"base": base, "trained": trained}, cfg.task)
-    short = [{k: r[0][k] for k in ("solved", "n", "ci95")} for r in (base, trained)]
+    before, after = ({k: r[0][k] for k in ("solved", "n", "ci95")} for r in (base, trained))
     seconds = {k: round(v, 1) for k, v in {**seconds, "total": sum(seconds.values())}.items()}
     write_json(folder / "summary.json", {
         "task": cfg.task, "model": cfg.model, "method": "sft" if cfg.sft else cfg.method,
-        "seed": cfg.seed, "base": short[0], "trained": short[1],
+        "seed": cfg.seed, "base": before, "trained": after,
         "by_steps": [{"steps": b["steps"], "nfe": t["nfe"], "base": b["solved"],
                       "trained": t["solved"], "base_nfe": b["nfe"]} for b, t in zip(base, trained)],
         "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
     print(f"\n{cfg.task}, {base[0]['n']} held-out examples, greedy: solved (95 % interval)")
     lines = []
     for b, t in zip(base, trained):
-        moved = abs(b["nfe"] - t["nfe"]) > 0.05
-        nfe = f"{b['nfe']:.1f} -> {t['nfe']:.1f}" if moved else f"{t['nfe']:.1f}"
-        lines.append({"steps": b["steps"], "NFE": nfe, "base": percent(b), "trained": percent(t)})
+        was = f"{b['nfe']:.1f} -> " if abs(b["nfe"] - t["nfe"]) > 0.05 else ""
+        lines.append({"steps": b["steps"], "NFE": f"{was}{t['nfe']:.1f}", "base": percent(b),
+                      "trained": percent(t)})
     print(table(lines))
     figure = "curve" if rows else "frontier"
     print(f"{len(rows)} training step{'s' * (len(rows) != 1)}, {seconds['total']:.0f} s in all. "

@@ -1,4 +1,4 @@
-"""The tiny models: a tokenizer of characters, a stock Llama, and its first training."""
+"""The tiny models: a tokenizer of characters, a stock Llama, and where its base model is kept."""
 import dataclasses
 import hashlib
 import json
@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from rewards import TASKS, BadInput, prompt_for
-from support.checkpoints import encode_prompts, save_model
+from rewards import TASKS, prompt_for
+from support.checkpoints import save_model
 from support.data import load_examples
+from support.runs import refusing
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -61,40 +61,9 @@ def tiny_model(tokenizer, cfg, block: int = 0):
         torch.manual_seed(cfg.seed)
         return LlamaForCausalLM(config)
 
-def train_base(policy, tokenizer, cfg, encode_answers, sft_loss, g):
-    """SFT on answers of which a share of base_lazy follow a lazy rule, the others are right: able,
-    but not inclined. Many samples find a right answer, a single one seldom does."""
-    task, device = TASKS[cfg.task], next(policy.parameters()).device
-    examples = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train")
-    ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare")
-                                                  for ex in examples])
-    rng = random.Random(cfg.seed)
-    texts = zip(*[(task.gold(ex), task.lazy(ex, rng)) for ex in examples])
-    answers = torch.stack([encode_answers(tokenizer, kind, cfg.completion_length, policy)
-                           for kind in texts])                 # 0 right, 1 lazy
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95),
-                                  weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
-        1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
-    print(f"making the tiny base model: {cfg.base_steps} steps of supervised fine-tuning, once",
-          flush=True)
-    progress = tqdm(range(cfg.base_steps), "base model", unit="step", mininterval=1, disable=None)
-    for step in progress:
-        index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
-        lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
-        rows = ids[index], prompt_mask[index], answers[lazy, index]
-        loss = sft_loss(policy, *(x.to(device) for x in rows), g)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-
-def base_folder(cfg, block: int, start, encode_answers, sft_loss, g, rebuild: bool = False) -> str:
+def base_folder(cfg, block: int, make, rebuild: bool = False) -> str:
     """Directory of the tiny base model, trained on the first call and kept under $AGRPO_CACHE
-    (~/.cache/agrpo). start(tokenizer, block) -> a new policy. Raises BadInput."""
+    (~/.cache/agrpo). make(tokenizer) -> a trained model. Raises BadInput."""
     task, some = TASKS[cfg.task], load_examples(cfg.task, 16, cfg.seed, "train")
     corpus = [(prompt_for(cfg.task, ex, "bare"), task.gold(ex), task.lazy(ex, random.Random(0)))
               for ex in some]                                  # a task edited is another
@@ -106,13 +75,10 @@ def base_folder(cfg, block: int, start, encode_answers, sft_loss, g, rebuild: bo
     path = cache / f"{cfg.model}-{cfg.task}-{key}"
     if not rebuild and (path / "config.json").is_file():
         return str(path)
-    try:
+    with refusing(f"cannot keep the base model in {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot keep the base model in {cache}: {error}") from None
     tokenizer = tiny_tokenizer()
-    policy = start(tokenizer, block)
-    train_base(policy, tokenizer, cfg, encode_answers, sft_loss, g)
+    model = make(tokenizer)
     if rebuild or not path.exists():                           # another may have been faster
-        save_model(path, policy.model, tokenizer, dataclasses.asdict(cfg), None, "")
+        save_model(path, model, tokenizer, dataclasses.asdict(cfg), None, "")
     return str(path)

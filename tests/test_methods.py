@@ -806,7 +806,7 @@ def test_the_controllers_gradient_is_autograd_of_the_exact_expectation(rule, kno
     reward there; its ends move with the table. Model and head are both exact, and leaving the ends
     out is not."""
     sigma, mean, C = 0.6, 0.5 if rule == "threshold" else -1.0, 3
-    cfg = change(unmasking=diffpo.RULES[rule], controller=rule, controller_sigma=sigma,
+    cfg = change(unmasking=options.CONTROLLED[rule], controller=rule, controller_sigma=sigma,
                  position_term="off", temperature=1.0, controller_training=training)
     policy = toy.TableDenoiser(C, V=2, seed=5)
     levels = levels_of(policy, rule)
