@@ -8,6 +8,7 @@ Every completion is written to a file as soon as it is graded; the same command 
 was stopped. agrpo.py evaluates before and after training by the same functions: sampler, prompt and
 grader are those of training. The second half is what happens around its loop.
 """
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import agrpo
 from methods import caches, diffpo, scored, sft
-from methods.models import (OWNERS, Settings, check_context, choices, generate, lengths,
+from methods.models import (OWNERS, Settings, check, check_context, choices, generate, lengths,
                             open_policy, sampler, settle)
 from rewards import TASKS, BadInput, try_task
 from support import checkpoints, cost, options, processes, runs, tiny
@@ -97,8 +98,9 @@ def trained_on(cfg, examples: list) -> int:
     usable = [type(x) for x in how] == [int, int, int, str, str] and Path(how[3] or "-").is_file()
     if not cfg.data or known.get("task") != cfg.task or not usable:
         return 0
-    key = TASKS[cfg.task].key
-    seen = set(map(key, load_split(cfg.task, *how)[0]))
+    key, seen = TASKS[cfg.task].key, set()
+    with contextlib.suppress(BadInput):                        # its files may have changed since
+        seen = set(map(key, load_split(cfg.task, *how)[0]))
     return sum(key(ex) in seen for ex in examples)
 
 def report_evaluation(task: str, name: str, settings: dict, results: list[dict], out: Path):
@@ -149,9 +151,9 @@ class Flags:
 def settings_of(given: dict, flags) -> tuple:
     """The command line -> settings of the sampler, the (length, steps) to evaluate. Raises
     BadInput before any work."""
-    path = checkpoints.in_run(Path(settle(given, {"temperature"}).model))
+    cfg = settle(given, {"temperature"})
+    path, task = checkpoints.in_run(Path(cfg.model)), cfg.task
     known = options.saved_settings(str(path))
-    task = given.get("task", str(known.get("task", "sudoku")))
     had = str(known.get("controller", "off"))
     controller = given.get("controller", had)
     need(controller in ("off", had),
@@ -171,7 +173,7 @@ def settings_of(given: dict, flags) -> tuple:
     cfg = dataclasses.replace(options.for_evaluation(cfg), **given, **whole)
     need(0 < flags.samples < 10**6 and 0 <= flags.limit <= 10**5 and flags.batch > 0,
          "--samples and --batch must be at least 1, --limit 0 to 100000")
-    need(flags.samples == 1 or cfg.temperature > 0 or cfg.unmasking == "random",
+    need(flags.samples == 1 or cfg.temperature > 0 or cfg.unmasking not in options.NOT_RANDOM,
          f"--samples {flags.samples} of a greedy sampler are all the same: give a --temperature")
     all_lengths = options.numbers(flags.lengths or str(cfg.completion_length), "--lengths")
     all_steps = options.numbers(flags.steps or cfg.eval_steps, "--steps")
@@ -183,6 +185,7 @@ def settings_of(given: dict, flags) -> tuple:
 
 def run(given: dict, flags) -> int:
     """Complete, grade, save, print: everything that `python eval.py` does with a model."""
+    need(os.environ.get("WORLD_SIZE", "1") == "1", "an evaluation is one process: without torchrun")
     cfg, shapes = settings_of(given, flags)
     usual = {"controller": "off", "cache": "none"}
     settings = {k: getattr(cfg, k) for k in SAMPLING if getattr(cfg, k) != usual.get(k)}
@@ -200,8 +203,7 @@ def run(given: dict, flags) -> int:
         check_context(about.config, tokenizer, longest, examples)
     policy, tokenizer = open_policy(cfg)
     settings |= {"weights": checkpoints.fingerprint(policy)}
-    path = Path(cfg.model)
-    name = (path.parent if path.name == "model" else path).name
+    name = Path(cfg.model.removesuffix("/model")).name
     key, results = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8], []
     out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{key}.jsonl")
     with locked_completions(out, settings, flags.overwrite) as (stored, f):
@@ -248,11 +250,13 @@ def main(argv=None) -> int:
         given = options.read_flags("eval.py", text, owners, argv)
         flags = Flags(**{k: given.pop(k) for k in [*given] if k not in SAMPLING})
         if flags.regrade:
+            need(given.keys() <= {"task"} and flags.steps == flags.lengths == "",
+                 "--regrade goes with --task, --out and --overwrite alone: it uses no model")
             return regrade(Path(flags.regrade), given.get("task", ""), flags.out, flags.overwrite)
         return run(given, flags)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print("eval:", *str(error).splitlines(), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
@@ -273,7 +277,9 @@ def parse(argv: list[str]) -> tuple:
     words = "".join(f"\n{options.flag(knob)}: {', '.join(rows)}"
                     for knob, rows in {"task": TASKS, **choices()}.items())
     text = agrpo.__doc__.partition("\n\n")[0] + words
-    given = options.read_flags("agrpo.py", text, owners, argv)
+    known = {word[2:]: value for word, value in zip(argv, argv[1:])
+             if word in ("--task", "--model", "--method", "--preset", "--sft")}
+    given = options.read_flags("agrpo.py", text, owners, argv, lambda: settle(known))
     actions = {f.name: given.pop(f.name, None) for f in dataclasses.fields(options.Actions)}
     cfg = settle(given)
     cfg = dataclasses.replace(cfg, name=cfg.name or options.default_name(cfg))
@@ -284,10 +290,7 @@ def parse(argv: list[str]) -> tuple:
         options.need_gpu(cfg)
     elif actions["merge"] is None:
         cfg = options.with_model(cfg, given)
-    random_order = agrpo.UNMASK[cfg.unmasking].order_logp is not None
-    published = agrpo.METHODS[cfg.method].settings
-    options.validate(cfg, choices(), random_order, published, given)
-    return cfg, actions
+    return check(cfg, given), actions
 
 def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) -> tuple:
     """The checks that need the checkpoint's small files; then what the run will cost, printed.
@@ -310,7 +313,7 @@ def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) 
     return examples, cfg
 
 def run_training(cfg, loop, actions: dict) -> int:
-    """Base, evaluation, the loop, evaluation, table. Returns the exit code."""
+    """What to train on, the model, the run's folder; then `learn`. Returns the exit code."""
     folder, clock, overwrite = Path("runs") / cfg.name, time.perf_counter(), actions["overwrite"]
     once(runs.check, folder, dataclasses.asdict(cfg), options.MAY_CHANGE, actions["resume"],
          overwrite)
@@ -318,7 +321,12 @@ def run_training(cfg, loop, actions: dict) -> int:
                                    cfg.data, cfg.test_data)
     examples, cfg = once(forecast, cfg, folder, examples, heldout, overwrite)
     policy, tokenizer = open_policy(cfg, True, actions["rebuild_base"])
-    once(runs.begin, folder, dataclasses.asdict(cfg), overwrite)   # not before the model is there
+    with contextlib.ExitStack() as stack:                      # the model is there: now the folder
+        once(lambda: stack.enter_context(runs.begun(folder, dataclasses.asdict(cfg), overwrite)))
+        return learn(cfg, loop, folder, policy, tokenizer, examples, heldout, clock)
+
+def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) -> int:
+    """In the run's folder: evaluation, the loop, evaluation, table. Returns the exit code."""
     steps, half = options.numbers(cfg.eval_steps, "--eval-steps"), (len(heldout) + 1) // 2
     run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg),
                    method_of(cfg, tokenizer),
@@ -328,7 +336,7 @@ def run_training(cfg, loop, actions: dict) -> int:
     if not once((folder / "eval_base.json").is_file):              # a resumed run has it
         results = [evaluate_at(policy, tokenizer, cfg, heldout, n) for n in steps]
         once(runs.write_json, folder / "eval_base.json", results)
-    base = runs.read_json(folder / "eval_base.json", list)
+    base = runs.read_results(folder / "eval_base.json")
     say(f"base: {percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} "
         f"steps, {base[0]['nfe']:.1f} denoiser calls")
     if cfg.kl and not cfg.sft:
@@ -377,8 +385,9 @@ def training(argv, loop) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("agrpo:", *str(error).splitlines(), file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
-    except torch.OutOfMemoryError as error:
-        print(f"agrpo: {cost.out_of_memory(error, cfg)}", file=sys.stderr)
+    except (torch.OutOfMemoryError, OSError) as error:
+        why = error if isinstance(error, OSError) else cost.out_of_memory(error, cfg)
+        print(f"agrpo: {why}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         begun = cfg and (Path("runs") / cfg.name / "config.json").is_file()

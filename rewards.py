@@ -6,6 +6,7 @@
 Neither raises on any completion, and both read the same answer (`find_answer`). Examples: sudoku
 {puzzle, solution}, countdown {nums, target}, gsm8k {question, answer}, math {problem, answer}."""
 import ast
+import json
 import operator
 import re
 import traceback
@@ -171,10 +172,10 @@ def countdown_row(row: dict) -> dict:
     """A row of a file -> example: nums and target, input "30,100,93" and output "23", or gold."""
     if "gold" in row:
         nums, target = row["gold"]
-    elif "input" in row:
-        nums, target = row["input"].split(","), row["output"]
     else:
-        nums, target = row["nums"], row["target"]
+        nums, target = (row[k] for k in (("input", "output") if "input" in row else
+                                         ("nums", "target")))
+    nums = nums.split(",") if isinstance(nums, str) else nums
     return {"nums": [int(str(n)) for n in nums], "target": int(str(target))}   # 2.5 is refused
 
 # ----------------------------------------------------------------------------------------- GSM8K
@@ -373,16 +374,20 @@ def reward_parts(task: str, completion: str, example: dict, weights: dict | None
     >>> reward_parts("countdown", "3+4+2", {"nums": [3, 4, 2], "target": 14})
     {'format': 1.0, 'correct': 0.0}"""
     row = TASKS[task]
-    parts = row.parts(completion, example)
-    if "correct" in row.weights:
+    parts, weights = row.parts(completion, example), weights or row.weights
+    if "correct" in weights:
         parts = {**parts, "correct": row.grade(completion, example)}
-    return {name: (weights or row.weights)[name] * value for name, value in parts.items()}
+    if unknown := parts.keys() - weights.keys():
+        raise ValueError(f"no weight for the parts {', '.join(unknown)}")
+    return {name: weight * parts.get(name, 0.0) for name, weight in weights.items()}
 
 def try_task(task: str, example: dict):
     """Raises BadInput unless a task's functions work on an example, its gold and an empty text."""
     row = TASKS[task]
     try:
         hash(row.key(example))
+        if json.loads(json.dumps(example)) != example:
+            raise ValueError("an example holds what JSON does not, such as a tuple")
         gold = row.gold(example)
         "".join([gold, row.question(example), (row.bare or row.question)(example)])     # all text
         for completion in (gold, ""):

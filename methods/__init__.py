@@ -1,7 +1,7 @@
 """Published methods beside AGRPO, one file each, and further rows of agrpo.py's tables.
 
-A file is imported when one of its rows is asked for, and adds them to the tables. A method of your
-own: a file like diffu_grpo.py, and its name in ROWS.
+A file is imported when one of its rows is asked for, and adds them to the tables, where they have
+no row of that name yet. A method of your own: a file like diffu_grpo.py, and its name in ROWS.
 """
 import importlib
 

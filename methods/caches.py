@@ -161,5 +161,6 @@ def independent(size, count, g) -> Tensor:
     pi = agrpo.inclusion(size, count)
     return torch.where(torch.rand(pi.shape, generator=g, dtype=torch.float64) < pi, 1 / pi, 0.0)
 
-agrpo.OLD_LOGP["cached"] = cached
-agrpo.TIMESTEPS["independent_gradient"] = functools.partial(agrpo.batch_gradient, draw=independent)
+agrpo.OLD_LOGP.setdefault("cached", cached)
+agrpo.TIMESTEPS.setdefault("independent_gradient", functools.partial(
+    agrpo.batch_gradient, draw=independent))

@@ -168,8 +168,9 @@ def controller_step(policy, optimizer, examples, step: int, cfg, sample) -> dict
     def discounted(*args):
         traj, parts, solved = sample(*args)
         speed = (1 - traj.nfe.cpu().double() / cfg.completion_length) ** cfg.alpha
-        return traj, {name: torch.as_tensor(part) * (1 if name == "overlong" else speed)
-                      for name, part in parts.items()}, solved
+        faster = {name: torch.as_tensor(part, dtype=torch.float64) * (
+            1 if name == "overlong" else speed) for name, part in parts.items()}
+        return traj, faster, solved
     traj, reward, row = agrpo.sample_step(policy, examples, step, cfg, discounted)
     learners, alone = [], cfg.controller_training == "alone"   # rows with an advantage, as views
 
@@ -188,6 +189,6 @@ def controller_step(policy, optimizer, examples, step: int, cfg, sample) -> dict
     after = agrpo.update(policy, optimizer, traj, reward, step, at, per_token, also)
     return {**row, **after, "ease": float(traj.ease.mean())}
 
-agrpo.OLD_LOGP["truncated"] = truncated
-agrpo.METHODS["diffpo"] = agrpo.Method(diffpo_views, {
-    "position_term": "off", "advantage": "mean", "normalizer": "length"})
+agrpo.OLD_LOGP.setdefault("truncated", truncated)
+agrpo.METHODS.setdefault("diffpo", agrpo.Method(diffpo_views, {
+    "position_term": "off", "advantage": "mean", "normalizer": "length"}))

@@ -29,7 +29,7 @@ def diffu_grpo_views(traj, adv, cfg, mask_id: int, g) -> agrpo.Views:
     return agrpo.make_views(traj, row, torch.zeros_like(row), blank, counted(traj), cfg, "scored",
                             prompt=traj.prompt.masked_fill(hide, mask_id))
 
-agrpo.NORMALIZERS["length"] = (        # a mean over the completion's tokens
-    lambda traj, cfg, row, target: counted(traj).sum(1).clamp(min=1)[row])
-agrpo.METHODS["diffu-grpo"] = agrpo.Method(diffu_grpo_views, {
-    "position_term": "off", "advantage": "mean", "normalizer": "length", "clip": 0.5, "kl": 0.04})
+agrpo.NORMALIZERS.setdefault("length", (           # a mean over the completion's tokens
+    lambda traj, cfg, row, target: counted(traj).sum(1).clamp(min=1)[row]))
+agrpo.METHODS.setdefault("diffu-grpo", agrpo.Method(diffu_grpo_views, {
+    "position_term": "off", "advantage": "mean", "normalizer": "length", "clip": 0.5, "kl": 0.04}))

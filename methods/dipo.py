@@ -123,9 +123,9 @@ def train_step(policy, optimizer, examples, step: int, cfg, sample) -> dict:
     row["rollout_seconds"] = time.perf_counter() - clock
     return {**row, **agrpo.update(policy, optimizer, traj, reward, step, cfg)}
 
-agrpo.OLD_LOGP["tokens"] = functools.partial(agrpo.recorded, positions=False)
-agrpo.NORMALIZERS["batch_tokens"] = (  # all tokens of the batch; Eq. 4 is a mean over N completions
+agrpo.OLD_LOGP.setdefault("tokens", functools.partial(agrpo.recorded, positions=False))
+agrpo.NORMALIZERS.setdefault("batch_tokens", (     # all tokens of the batch; Eq. 4 is a mean over N
     lambda traj, cfg, row, target: ((traj.reveal_step < cfg.steps).sum().double()
-                                    / len(traj.tokens)).clamp(min=1e-9).expand(len(row)))
-agrpo.METHODS["dipo"] = agrpo.Method(dipo_views, {
-    "position_term": "off", "normalizer": "batch_tokens", "clip_high": 0.28}, train_step)
+                                    / len(traj.tokens)).clamp(min=1e-9).expand(len(row))))
+agrpo.METHODS.setdefault("dipo", agrpo.Method(dipo_views, {
+    "position_term": "off", "normalizer": "batch_tokens", "clip_high": 0.28}, train_step))

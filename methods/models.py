@@ -47,6 +47,8 @@ def settle(given: dict, may_be_zero=frozenset()) -> Settings:
     need(getattr(found, "shape", None) == rewards.shape,
          f"--advantage {cfg.advantage}: (B, G) rewards must give (B, G) advantages; is "
          "keepdim=True missing?")
+    if cfg.decay_steps and "decay_steps" not in given:
+        cfg = dataclasses.replace(cfg, decay_steps=max(cfg.decay_steps, cfg.max_steps))
     if cfg.kl_reference == "old" and cfg.inner_epochs == 1 and "kl" not in given:
         cfg = dataclasses.replace(cfg, kl=0.0)                 # no gradient at the first update
     return options.with_prompt(cfg)
@@ -55,6 +57,18 @@ def policy_of(net, mask_id: int, eos_id: int, shift: bool, block: int):
     """Its denoiser: block-causal if it has blocks."""
     known = net, mask_id, eos_id, shift
     return dipo.BlockPolicy(*known, block) if block else agrpo.Policy(*known)
+
+def check(cfg, given: dict) -> Settings:
+    """cfg. Raises BadInput with one line for any setting that cannot work."""
+    options.check_values(cfg, {**options.CHOICES, **choices()}, options.MAY_BE_ZERO)
+    order_term = agrpo.UNMASK[cfg.unmasking].order_logp is not None
+    options.validate(cfg, choices(), order_term, agrpo.METHODS[cfg.method].settings, given)
+    return cfg
+
+def checked(given: dict) -> Settings:
+    """As the command line makes them of these flags, sizes and prompt of task and model included.
+    Raises BadInput."""
+    return check(options.with_model(settle(given), given), given)
 
 def tiny_base(cfg, device: str, rebuild: bool = False) -> str:
     """Directory of the tiny base model, trained on the first call and kept."""
@@ -86,8 +100,11 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
 
 def check_context(config, tokenizer, cfg, examples: list) -> int:
     """Tokens of the longest prompt. Raises BadInput if it and its completion do not fit."""
-    length = checkpoints.encode_prompts(tokenizer, [
-        prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])[0].shape[1]
+    ids, _ = checkpoints.encode_prompts(tokenizer, [
+        prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
+    length = ids.shape[1]
+    need(int(ids.max()) < config.vocab_size, f"--model {cfg.model}: its tokenizer makes tokens up "
+         f"to {int(ids.max())}, its config.json has {config.vocab_size}")
     longest, room = max(cfg.completion_length, cfg.eval_length), config.max_position_embeddings
     need(length + longest <= room, f"the longest prompt has {length} tokens, a completion "
          f"{longest}; the context is {room}")
@@ -130,7 +147,8 @@ def sampler(tokenizer, cfg):
             parts = reward_parts(cfg.task, texts[i], examples[i], weights)
             graded.append((parts, grade(cfg.task, texts[i], examples[i]) == 1))
         parts, solved = zip(*agrpo.gather(graded))
-        parts = {name: [part[name] for part in parts] for name in parts[0]}
+        names = dict.fromkeys(name for part in parts for name in part)     # a missing part is 0
+        parts = {name: [part.get(name, 0.0) for part in parts] for name in names}
         if cfg.overlong_penalty:
             parts["overlong"] = [
                 -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)

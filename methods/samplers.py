@@ -70,7 +70,7 @@ agrpo.UNMASK |= {
     "threshold": agrpo.Unmask(lambda law, token, u, cfg: ORDER_SCORE["max_prob"](law), None,
                               count_by("threshold")),
     "entropy_bound": agrpo.Unmask(lambda law, token, u, cfg: neg_entropy(law), None,
-                                  count_by("entropy_bound"))}
+                                  count_by("entropy_bound"))} | agrpo.UNMASK   # one's own stay
 
 # ------------------------------------------------------------------------ which steps: TIMESTEPS
 def iid(N: int, K: int, g) -> Tensor:
@@ -114,4 +114,5 @@ agrpo.TIMESTEPS |= {
     "stratified_gradient": functools.partial(with_replacement, stratified, "gradient"),
     "sobol": functools.partial(with_replacement, sobol, "uniform"),
     "without_replacement": functools.partial(without_replacement, "uniform"),
-    "without_replacement_gradient": functools.partial(without_replacement, "gradient")}
+    "without_replacement_gradient": functools.partial(without_replacement, "gradient"),
+    **agrpo.TIMESTEPS}

@@ -69,4 +69,4 @@ def kept_each_step(train_step):
         return train_step(policy, *args)
     return step_of
 
-agrpo.OLD_LOGP["scored"] = scored
+agrpo.OLD_LOGP.setdefault("scored", scored)

@@ -22,10 +22,11 @@ from support.runs import need
 def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
     """(n, C): each answer, the end of its turn where there is one, then EOS to the end. Raises
     BadInput if one is longer."""
-    tokens = torch.full((len(texts), C), policy.eos_id)
+    tokens, unknown = torch.full((len(texts), C), policy.eos_id), tokenizer.unk_token_id
     for i, text in enumerate(texts):
         answer = tokenizer(text, add_special_tokens=False)["input_ids"]
         answer += [] if policy.turn_id is None else [policy.turn_id]
+        need(unknown not in answer, f"the model has no token for a part of {text[:60]!r}")
         need(len(answer) <= C,
              f"--completion-length {C}: an answer has {len(answer)} tokens, {text[:60]!r}")
         tokens[i, :len(answer)] = torch.tensor(answer)
@@ -68,6 +69,8 @@ def train_base(policy, tokenizer, cfg):
     ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare")
                                                   for ex in examples])
     rng = random.Random(cfg.seed)
+    need(not (ids == tokenizer.unk_token_id).any(), f"task {cfg.task}: the tiny model knows "
+         "printable ASCII alone, a question holds something else")
     texts = zip(*[(task.gold(ex), task.lazy(ex, rng)) for ex in examples])
     answers = torch.stack([encode_answers(tokenizer, kind, cfg.completion_length, policy)
                            for kind in texts])                 # 0 right, 1 lazy

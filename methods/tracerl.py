@@ -152,9 +152,9 @@ def train_step(policy, optimizer, examples, step: int, cfg, sample) -> dict:
     with attention_blocks(policy, cfg.update_block):
         return {**row, **agrpo.update(policy, optimizer, traj, reward, step, cfg, *hooks)}
 
-agrpo.ADVANTAGES["none"] = lambda r: r                         # a value model is a baseline itself
-agrpo.NORMALIZERS["state_tokens"] = (  # a mean over each state's tokens
-    lambda traj, cfg, row, target: target.sum(1).clamp(min=1))
-agrpo.METHODS["tracerl"] = agrpo.Method(tracerl_views, {
+agrpo.ADVANTAGES.setdefault("none", lambda r: r)               # a value model is a baseline itself
+agrpo.NORMALIZERS.setdefault("state_tokens", (     # a mean over each state's tokens
+    lambda traj, cfg, row, target: target.sum(1).clamp(min=1)))
+agrpo.METHODS.setdefault("tracerl", agrpo.Method(tracerl_views, {
     "position_term": "off", "normalizer": "state_tokens", "kl": 0.01, "kl_reference": "old"},
-    train_step, begin)
+    train_step, begin))

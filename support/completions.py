@@ -22,9 +22,11 @@ def read_completions(path: Path) -> tuple[dict, list[dict]]:
         for number, line in enumerate(lines[:-1] if ours else lines, start=1):
             if line:
                 rows.append(json.loads(line))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path}:{number}: {error}") from None
-    return (rows[0]["settings"], rows[1:]) if ours and rows else ({}, rows)
+    known = rows[0]["settings"] if ours and rows else {}
+    need(isinstance(known, dict), f"cannot read {path}: its settings are no object")
+    return (known, rows[1:]) if known else ({}, rows)
 
 def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
     """The rows of a file that was made with these settings, none of a new one, which is made.
@@ -38,6 +40,8 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
                 return []
     known, rows = read_completions(path)
     need(known, f"--out {path}: there is such a file, and this program did not make it")
+    need(all(isinstance(row, dict) and {"index", "sample", "completion", "example"} <= row.keys()
+             for row in rows), f"cannot read {path}: not every line holds a completion")
     other = ", ".join(k for k in settings if known.get(k) != settings[k])
     need(overwrite or not other, f"{path} was made with another {other}: --overwrite replaces it, "
          "--out FILE.jsonl goes elsewhere")
@@ -88,10 +92,10 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     """Grade the completions of a file again, ours or {question, completion, gold} as d1 publishes
     them; print the shares and what changed. Raises BadInput."""
     settings, rows = read_completions(path)
-    asked, task = task, settings.get("task", task)
+    asked, task = task, str(settings.get("task", task))
     need(rows and task in TASKS and asked in ("", task),
          f"--regrade {path}: {len(rows) or 'no'} completions, of task {task!r}: --task tells which "
-         "where the file does not")
+         "where the file does not, and a task of your own is known where its file is run")
     settings = {**settings, "task": task, "regraded": str(path)}
     if out:
         open_completions(Path(out), settings, overwrite)
@@ -100,13 +104,15 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
         try:
             example = row["example"] if "example" in row else TASKS[task].row(row)
             new = {**row, **grade_row(task, row["completion"], example), "example": example}
+            was, shape = float(row.get("grade", new["grade"])), (
+                str(row.get("length", "")), str(row.get("steps", "")))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"--regrade {path}, completion {number}: {type(error).__name__} {error}"
                            ) from None
-        if row.get("grade", new["grade"]) != new["grade"]:
-            changed.append(f"  completion {number}: {row['grade']:g} -> {new['grade']:g}, answer "
+        if was != new["grade"]:
+            changed.append(f"  completion {number}: {was:g} -> {new['grade']:g}, answer "
                            f"read: {str(new['answer'])[:80]!r}")
-        groups.setdefault((row.get("length", ""), row.get("steps", "")), []).append(new)
+        groups.setdefault(shape, []).append(new)
     lines = []
     for (length, steps), graded in groups.items():
         n, solved = len(graded), sum(row["grade"] == 1 for row in graded)

@@ -90,6 +90,9 @@ def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_p
     check_files(path, test_path)
     if not path and TASKS[task].generate:
         train, test = load_examples(task, n, seed, "train"), load_examples(task, n_test, 0, "test")
+        need(set(map(TASKS[task].question, train)).isdisjoint(map(TASKS[task].question, test)),
+             f"task {task}: generate makes the same examples to train on and to hold out; "
+             "rewards.in_split(text, split) says which are whose")
     elif path and not test_path:
         examples = from_file(task, path)
         train, test = ([ex for ex in examples if held_out(task, ex) == side] for side in (0, 1))

@@ -99,6 +99,8 @@ SFT = {                                # --sft: tiny models, others
 GREEDY = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0,
           "top_p": 1.0}                # how models are evaluated, as in the paper
 APPROXIMATE = ("prefix", "dual")       # of the caches
+NOT_RANDOM = ("low_confidence", "confidence", "threshold", "entropy_bound")    # greedy: no sample
+WITHOUT_DRAWS = ("exact", "diffu-grpo", "diffpo", "tracerl", "dipo")   # of the methods here
 WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # these
 MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass",
               "gradient_checkpointing", "compile", "report_to")                # on --resume
@@ -121,19 +123,25 @@ def flag(name: str) -> str:
     """max_steps -> --max-steps"""
     return "--" + name.replace("_", "-")
 
-def read_flags(prog: str, text: str, owners: dict, argv: list[str]) -> dict:
-    """The flags given, of dataclasses by the name of their group; --help prints them and ends.
-    Raises BadInput with the parser's complaint in one line."""
+def read_flags(prog: str, text: str, owners: dict, argv: list[str], settled=None) -> dict:
+    """The flags given, of dataclasses by the name of their group; --help prints them, with the
+    defaults of settled(), and ends. Raises BadInput with the parser's complaint in one line."""
     import tyro
     os.environ.setdefault("COLUMNS", "100")
-    argv = ["--help"] if {"-h", "--help", "--help-all"} & set(argv) else argv
+    defaults = {}
+    if {"-h", "--help", "--help-all"} & set(argv):
+        argv, defaults = ["--help"], dataclasses.asdict(settled()) if settled else {}
     both, said = dataclasses.make_dataclass("Flags", [
-        (name, owner, dataclasses.field(default_factory=owner))
+        (name, owner, dataclasses.field(default_factory=lambda owner=owner: owner(
+            **{f.name: defaults[f.name] for f in dataclasses.fields(owner) if f.name in defaults})))
         for name, owner in owners.items()]), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             found = tyro.cli(both, prog=prog, description=text, args=argv, config=(
                 tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except BrokenPipeError:                                    # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(0) from None
     except SystemExit as stop:
         if stop.code == 0:                                     # help
             raise
@@ -192,15 +200,26 @@ def made_here(model: str) -> str:
 def saved_settings(model: str) -> dict:
     """What a model was trained with here; {} if it was not."""
     path = in_run(Path(model)) / "agrpo.json"
-    return read_json(path) if path.is_file() else {}
+    known = read_json(path) if path.is_file() else {}
+    for kind, names in ((str, "task prompt system_prompt controller eval_steps"),
+                        (int, "completion_length block_length eval_length eval_block_length")):
+        for name in set(names.split()) & known.keys():
+            need(type(known[name]) is kind, f"{path}: {name} is {known[name]!r}")
+    return known
 
 def before_flags(given: dict, published: dict) -> dict:
     """What the task, the kind of model, the method (published: as it is in the literature), the
     preset and the GPU's memory ask for."""
-    task, preset = given.get("task", "sudoku"), given.get("preset", "")
-    model = given.get("model") or ("tiny" if TASKS[task].speaks_tiny else LLADA)
-    if model not in TINY:
+    model, preset = given.get("model", ""), given.get("preset", "")
+    if model and model not in TINY:
         check_model_exists(model)
+    known = saved_settings(model).get("task") if model and Path(model).is_dir() else None
+    task = given.get("task", known or "sudoku")                # a trained model's own
+    need(task in TASKS, f"--model {model}: no task is called {task!r} here; a task of your own is "
+         "known where its file is run")
+    need(model or TASKS[task].speaks_tiny or TASKS[task].hub,
+         f"--task {task} needs --model DIR: for the tiny model it has no generate and lazy")
+    model = model or ("tiny" if TASKS[task].speaks_tiny else LLADA)
     kind, settings = made_here(model), {"task": task, "model": model}
     if kind:
         settings |= TASK_SHAPES.get(task, {})
@@ -314,7 +333,17 @@ def need_gpu(cfg):
          "--device cpu with a checkpoint below 1 billion parameters (the README makes one)")
 
 GOES_WITH = (                          # settings, and what they act with only
-    ("mc_steps timesteps", "--method agrpo"),
+    ("mc_steps timesteps", "--method agrpo", lambda c: c.method not in WITHOUT_DRAWS),
+    ("mc_steps timesteps lr kl", "--controller-training joint",
+     lambda c: c.controller == "off" or c.controller_training == "joint"),
+    ("method unmasking position_term temperature top_k top_p timesteps mc_steps normalizer clip "
+     "clip_high advantage kl kl_reference inner_epochs completions reward_weights overlong_penalty",
+     "RL, not with --sft", lambda c: not c.sft),
+    ("system_prompt", "--prompt agrpo or d1"),
+    ("base_steps base_batch base_lr base_lazy base_hidden base_layers",
+     "--model tiny or tiny-block"),
+    ("train_examples", "generated examples, not with --data",
+     lambda c: c.model in TINY or TASKS[c.task].generate and not c.data),
     ("preset", "--method agrpo", lambda c: c.preset != "official" or c.method == "agrpo"),
     ("clip clip_high", "--inner-epochs 2 or more: at the first every ratio is 1",
      lambda c: c.inner_epochs > 1),
@@ -364,6 +393,9 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k),
          "--top-p is at most 1, and needs --top-k: the support is stored as ids")
     need(cfg.completions > 1, "--completions must be at least 2: an advantage compares them")
+    need(not training or not cfg.decay_steps or cfg.max_steps <= cfg.decay_steps,
+         f"--max-steps {cfg.max_steps}: the learning rate has decayed to zero after --decay-steps "
+         f"{cfg.decay_steps}")
     need(not {"mc_steps"} & set(given) or cfg.mc_steps <= cfg.steps,
          f"--mc-steps {cfg.mc_steps}: there are {cfg.steps} steps; --method exact takes all")
     for name in ("threshold", "base_lazy", "gamma", "lam"):
@@ -426,10 +458,10 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
 def default_name(cfg) -> str:
     """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the
     run apart from the plain one."""
-    trained_on = made_here(cfg.model) and cfg.model not in TINY
+    other = cfg.model not in (*TINY, LLADA)
     method = "" if cfg.method == "agrpo" and cfg.preset else cfg.method
     parts = (cfg.task, "tiny-block" if cfg.model == "tiny-block" else "",
-             f"on-{Path(cfg.model).name}" if trained_on else "",
+             f"on-{Path(cfg.model).name}" if other else "",
              *(["sft"] if cfg.sft else [method, cfg.preset]),
              "value" if cfg.value_model == "on" else "",
              f"{cfg.controller}-{cfg.controller_training}" if cfg.controller != "off" else "",

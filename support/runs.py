@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -23,10 +24,13 @@ from support.processes import anyone, once, processes
 # ------------------------------------------------------------------------------------------ files
 def write_atomically(path: Path, write):
     """write(file) into a neighbour that then takes the place of `path`: a reader sees the old file
-    or the new one."""
+    or the new one. Raises OSError."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as f:
-        write(f)
+        try:
+            write(f)
+        except RuntimeError as error:                          # torch.save's, on a full disk
+            raise OSError(f"cannot write {path}: {first_line(error)}") from None
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
@@ -62,6 +66,13 @@ def read_json(path: Path, kind: type = dict):
          f"cannot read {path}: not a JSON {what} with something in it")
     return value
 
+def read_results(path: Path) -> list[dict]:
+    """Evaluations that a run kept. Raises BadInput."""
+    results, keys = read_json(path, list), {"steps", "solved", "ci95", "n", "nfe", "completions"}
+    need(all(isinstance(result, dict) and keys <= result.keys() for result in results),
+         f"cannot read {path}: it holds no evaluations")
+    return results
+
 def write_json(path: Path, value):
     """Indented, whole or not at all."""
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
@@ -70,8 +81,10 @@ def read_settings(path: Path, settings: type):
     """The settings that a run kept. Raises BadInput."""
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     known = {k: v for k, v in read_json(path).items() if k in kinds}
-    need(known.get("task") in TASKS and all(type(v) is kinds[k] for k, v in known.items()),
+    need(isinstance(known.get("task"), str) and all(type(v) is kinds[k] for k, v in known.items()),
          f"{path} is not the configuration of a run")
+    need(known["task"] in TASKS, f"{path}: no task is called {known['task']!r} here; a task of "
+         "your own resumes with the file that defines it")
     return settings(**known)
 
 def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwrite: bool):
@@ -100,15 +113,27 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
     need(done <= settings["max_steps"], f"--max-steps {settings['max_steps']}: {folder} has done "
          f"{done} already, --name NAME starts another run")
 
-def begin(folder: Path, settings: dict, overwrite: bool):
-    """The run's folder with its settings, empty if it is to be overwritten. Raises BadInput."""
+@contextlib.contextmanager
+def begun(folder: Path, settings: dict, overwrite: bool):
+    """Within `with`, the run's folder belongs to this process; with its settings, and empty if it
+    is to be overwritten. Raises BadInput."""
     try:
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # let go when the process ends
+        except OSError:
+            os.close(lock)
+            raise BadInput(f"another process is writing {folder}") from None
+        for path in folder.iterdir() if overwrite else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(folder / "config.json", settings)
     except OSError as error:
         raise BadInput(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 # ------------------------------------------------------------------------------------ checkpoints
 def trained_weights(model) -> dict:
@@ -135,7 +160,10 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
             for name, parameter in weights.items():
                 parameter.copy_(saved["model"][name])
         optimizer.load_state_dict(saved["optimizer"])
-        return {"step": saved["step"], "seconds": saved["seconds"]}
+        step, seconds = saved["step"], {k: float(v) for k, v in saved["seconds"].items()}
+        if type(step) is not int or step < 0:
+            raise ValueError(f"it is of step {step!r}")
+        return {"step": step, "seconds": seconds}
 
 # -------------------------------------------------------------------------------------------- log
 ENDS = {True: ("step", "loss", "grad_norm", "skipped", "lr"),      # columns, of fine-tuning and RL
@@ -266,7 +294,10 @@ class Run:
                 "such step changed the weights, the last checkpoint is intact (try a lower --lr)")
         self.progress.update()
         shown = ("loss", "reward", "solved", "ratio", "grad_norm", "entropy", "nfe")
-        self.progress.set_postfix({k: f"{row[k]:.3g}" for k in shown if k in row})
+        shown = {k: f"{row[k]:.3g}" for k in shown if k in row}
+        self.progress.set_postfix(shown)
+        if self.first and self.progress.disable:               # a file, not a terminal
+            print(f"step {row['step']}:", *(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     """What is printed when a run begins."""

@@ -49,3 +49,10 @@ def here(tmp_path, monkeypatch, cache):
 def quick():
     """Flags of a run of seconds."""
     return list(QUICK)
+
+
+@pytest.fixture
+def checkpoint():
+    """The same where no tiny model is made, and examples come from a file."""
+    return [word for flag, value in zip(QUICK[::2], QUICK[1::2]) for word in (flag, value)
+            if not flag.startswith("--base-") and flag != "--train-examples"]

@@ -1136,8 +1136,11 @@ SMALL = ["--base-steps", "4", "--base-hidden", "32", "--base-layers", "2"]
 
 def go(*flags):
     """A run of seconds; one that goes on from another has its sizes."""
-    goes_on = any(flag.startswith("runs/") for flag in flags)
-    return agrpo.main([*QUICK, *([] if goes_on else SMALL), *flags])
+    goes_on, quick = any(flag.startswith("runs/") for flag in flags), list(QUICK)
+    if "--sft" in flags:
+        at = quick.index("--completions")
+        del quick[at:at + 2]
+    return agrpo.main([*quick, *([] if goes_on else SMALL), *flags])
 
 
 def log_of(name):

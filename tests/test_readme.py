@@ -158,7 +158,7 @@ def test_the_recipe_of_a_method_is_unbiased(monkeypatch):
 
 WORKS = {"question": lambda ex: ex["digits"], "gold": lambda ex: ex["digits"],
          "grade": lambda text, ex: float(text == ex["digits"]),
-         "generate": lambda n, seed, split: [{"digits": f"{i:04}" + split[:1]} for i in range(n)],
+         "generate": lambda n, seed, split: [{"digits": f"{i:04}" + split[:2]} for i in range(n)],
          "lazy": lambda ex, rng: "0"}
 
 
@@ -259,6 +259,6 @@ def test_flags_exist(capsys):
     for tool in (agrpo, evaluation):
         with pytest.raises(SystemExit):
             tool.main(["--help-all"])
-    known = {"--all"} | set(flag.findall(capsys.readouterr().out))
+    known = {"--all", "--small"} | set(flag.findall(capsys.readouterr().out))
     for page in tables.PAGES:
         assert set(flag.findall(page.read_text())) <= known

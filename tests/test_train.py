@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_checkpoint
 
 import agrpo
 import eval as evaluation
 from methods import models, sft
-from rewards import TASKS, grade, reward_parts
+from rewards import TASKS, BadInput, grade, reward_parts, try_task
 from support import checkpoints, options, runs
 from support import tiny as tiny_models
+from support.data import load_split
 from tools import Settings, exact_loss, load, train_step
 
 AGRPO = str(Path(agrpo.__file__).resolve())
@@ -323,7 +325,7 @@ def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, q
 
 
 def test_prompt_weights_and_overlong_penalty_reach_the_rewards_and_the_evaluation(
-    here, quick, monkeypatch):
+    here, quick, checkpoint, monkeypatch):
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
     asked, parts_of, encode = [], models.reward_parts, checkpoints.encode_prompts
     with monkeypatch.context() as patch:
@@ -345,7 +347,7 @@ def test_prompt_weights_and_overlong_penalty_reach_the_rewards_and_the_evaluatio
         shape = ["--task", "gsm8k", "--model", "runs/m/model", "--data", "sums.jsonl",
                  "--completion-length", "16", "--block-length", "16", "--steps", "4"]
         assert agrpo.main(
-            [*quick, *shape, "--name", "x", "--max-steps", "1", "--prompt", "d1",
+            [*checkpoint, *shape, "--name", "x", "--max-steps", "1", "--prompt", "d1",
              "--system-prompt", "Add.", "--reward-weights", "correct=5,answer=0",
              "--overlong-penalty", "0.5", "--overlong-from", "0"]
         ) == 0
@@ -449,7 +451,8 @@ def test_half_precision_weights_give_float32_laws():
         bool(torch.isfinite(p.grad).all()) for p in policy.model.parameters() if p.grad is not None)
 
 
-BAD = [(["--preset", "best"], "best"), (["--position-term", "maybe"], "maybe"),
+BAD = [(["--preset", "best"], "best"), (["--decay-steps", "50"], "--decay-steps"),
+       (["--position-term", "maybe"], "maybe"),
        (["--order-score", "luck"], "luck"),
        (["--unmasking", "threshold", "--threshold", "1.5"], "threshold"),
        (["--completion-length", "256", "--block-length", "256", "--eval-steps", "8"], "256"),
@@ -505,6 +508,102 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(here, flags, word
     assert err.count("\n") == 1 and word in err and out == "" and not Path("runs").exists()
 
 
+def test_a_run_folder_belongs_to_one_process_at_a_time(here, capsys):
+    folder = Path("runs/one")
+    with runs.begun(folder, {"a": 1}, False):
+        (folder / "log.csv").write_text("")
+        with pytest.raises(BadInput, match="another process is writing runs/one"):
+            with runs.begun(folder, {"a": 1}, True):
+                pass
+        assert (folder / "log.csv").exists()
+    with runs.begun(folder, {"a": 2}, True):                   # and free again, emptied
+        assert [p.name for p in folder.iterdir()] == ["config.json"]
+
+
+def test_ones_own_rows_are_not_replaced_by_those_of_methods():
+    code = """
+import agrpo
+mine = agrpo.Method(agrpo.exact_views)
+rule, draw, reward = agrpo.Unmask(lambda *_: None), lambda *_: None, lambda r: r
+agrpo.METHODS["tracerl"], agrpo.UNMASK["confidence"], agrpo.TIMESTEPS["iid"] = mine, rule, draw
+agrpo.ADVANTAGES["none"] = reward
+import methods.models
+assert agrpo.METHODS["tracerl"] is mine and agrpo.UNMASK["confidence"] is rule
+assert agrpo.TIMESTEPS["iid"] is draw and agrpo.ADVANTAGES["none"] is reward
+assert {"dipo", "diffpo"} <= set(agrpo.METHODS) and "sobol" in agrpo.TIMESTEPS
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(AGRPO).parent)
+
+
+def test_what_a_run_was_made_with_and_is_not_here_is_named(here, capsys):
+    settings = dataclasses.asdict(evaluation.parse([])[0])
+    for name, value, told in (("method", "mine", "unknown --method 'mine'"),
+                              ("unmasking", "mine", "unknown --unmasking 'mine'"),
+                              ("task", "sort", "no task is called 'sort'")):
+        Path("runs/mine").mkdir(parents=True, exist_ok=True)
+        Path("runs/mine/config.json").write_text(json.dumps({**settings, name: value}))
+        assert agrpo.main(["--resume", "--name", "mine"]) == 2
+        err = capsys.readouterr().err
+        assert told in err and err.count("\n") == 1
+
+
+def test_the_rate_decays_until_the_last_step_and_no_earlier():
+    def decay(*flags):
+        cfg = evaluation.parse([*flags])[0]
+        return cfg.decay_steps, cfg.max_steps
+    assert decay("--sft", "gold") == (400, 400) and decay() == (0, 100)
+    assert decay("--sft", "gold", "--max-steps", "1000") == (1000, 1000)
+    assert decay("--sft", "gold", "--max-steps", "20") == (400, 20)    # a beginning
+    assert decay("--max-steps", "20", "--decay-steps", "30") == (30, 20)
+
+
+def test_a_full_disk_is_one_line(here, quick, monkeypatch, capsys):
+    def full(state, f):
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
+    monkeypatch.setattr(torch, "save", full)
+    assert agrpo.main([*quick, "--max-steps", "1", "--name", "full"]) == 1
+    err = capsys.readouterr().err
+    assert "cannot write runs/full/checkpoint.pt" in err and "Traceback" not in err
+
+
+def test_a_part_of_the_reward_that_a_text_does_not_have_is_zero(monkeypatch):
+    task = dataclasses.replace(TASKS["sudoku"], weights={"x": 2.0, "y": 1.0}, parts=(
+        lambda text, ex: {"x": 1.0} if "1" in text else {"y": 0.5}))
+    monkeypatch.setitem(TASKS, "sudoku", task)
+    assert reward_parts("sudoku", "1", {}) == {"x": 2.0, "y": 0.0}
+    assert reward_parts("sudoku", "2", {}) == {"x": 0.0, "y": 0.5}
+    monkeypatch.setitem(TASKS, "sudoku", dataclasses.replace(task, weights={"x": 1.0}))
+    with pytest.raises(ValueError, match="no weight for the parts y"):
+        reward_parts("sudoku", "2", {})
+
+
+def test_examples_of_ones_own_task_are_checked(monkeypatch):
+    pair = {"pair": (1, 2)}
+    task = dataclasses.replace(TASKS["sudoku"], question=str, gold=lambda ex: "1", canonical=None,
+                               parts=lambda text, ex: {}, grade=lambda text, ex: 1.0, bare=None,
+                               generate=lambda n, seed, split: [{"d": i % 5} for i in range(n)])
+    monkeypatch.setitem(TASKS, "sudoku", task)
+    try_task("sudoku", {"pair": [1, 2]})
+    with pytest.raises(BadInput, match="JSON"):
+        try_task("sudoku", pair)
+    with pytest.raises(BadInput, match="to train on and to hold out"):
+        load_split("sudoku", 8, 4, 0)
+
+
+def test_help_shows_the_defaults_of_what_is_asked_for(capsys):
+    def shown(*flags):
+        with pytest.raises(SystemExit):
+            evaluation.parse([*flags, "--help"])
+        words = capsys.readouterr().out.split()
+        return {k: " ".join(words[words.index(k):]).split("(default: ")[1].split(")")[0]
+                for k in ("--advantage", "--position-term", "--completion-length")}
+    assert shown() == {"--advantage": Settings().advantage, "--position-term": "on",
+                       "--completion-length": "16"}
+    assert shown("--method", "diffpo")["--advantage"] == "mean"
+    assert shown("--method", "diffpo")["--position-term"] == "off"
+    assert shown("--task", "gsm8k")["--completion-length"] == "384"
+
+
 @pytest.fixture
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -524,8 +623,13 @@ def test_what_is_not_there_is_named_before_a_gpu_is_asked_for(here, no_gpu, flag
 IDLE = {                               # under which flags a setting does not act; else by default
     "mc_steps": ["--method", "exact"], "timesteps": ["--method", "exact"],
     "preset": ["--method", "exact"], "kl": ["--kl-reference", "old"],
-    "kl_reference": ["--inner-epochs", "2"]}
-VALUES = {"preset": "official", "kl": "0.1"}                   # in place of the default
+    "kl_reference": ["--inner-epochs", "2"],
+    "--model tiny or tiny-block": ["--model", "small"],        # or of a whole row
+    "RL, not with --sft": ["--sft", "gold"],
+    "--controller-training joint": ["--controller", "threshold", "--controller-training", "alone"],
+    "generated examples, not with --data": ["--task", "gsm8k", "--model", "small", "--data",
+                                            "gsm8k.jsonl"]}
+VALUES = {"preset": "official", "kl": "0.1", "system_prompt": "x", "reward_weights": "correct=1"}
 ACT = [["--mc-steps", "8"], ["--method", "exact", "--inner-epochs", "2", "--clip", "0.3"],
        ["--unmasking", "plackett_luce", "--tau-pos", "2", "--order-score", "neg_entropy"],
        ["--unmasking", "threshold", "--threshold", "0.5"], ["--kl", "0.1"],
@@ -534,16 +638,22 @@ ACT = [["--mc-steps", "8"], ["--method", "exact", "--inner-epochs", "2", "--clip
        ["--unmasking", "entropy_bound", "--entropy-bound", "1"],
        ["--overlong-penalty", "1", "--overlong-from", "0.5"],
        ["--cache", "dual", "--importance-cap", "3"], ["--alpha", "1", "--controller", "entropy"]]
-ACTING_WITH = [name for names, *_ in options.GOES_WITH for name in names.split()]
+ACTING_WITH = [(name, words) for names, words, *_ in options.GOES_WITH for name in names.split()]
 
 
-@pytest.mark.parametrize("name", ACTING_WITH)
-def test_a_setting_that_would_not_act_is_refused_in_one_line(here, name, capsys):
+@pytest.mark.parametrize("name, words", ACTING_WITH)
+def test_a_setting_that_would_not_act_is_refused_in_one_line(here, name, words, capsys):
     defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
-    value = VALUES.get(name, str(defaults[name]))
-    assert agrpo.main([options.flag(name), value, *IDLE.get(name, [])]) == 2
+    value, flags = VALUES.get(name, str(defaults[name])), IDLE.get(words, IDLE.get(name, []))
+    if "small" in flags:
+        write_checkpoint(Path("small"), "llada")
+        Path("gsm8k.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n' * 9)
+    if options.flag(name) in flags:
+        flags = [word for word in flags if word not in ("--method", "exact")]
+    assert agrpo.main([options.flag(name), value, *flags, "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
-    assert f"{options.flag(name)} {value} goes with " in err and err.count("\n") == 1 and not out
+    assert f"{options.flag(name)} {value} goes with {words}" in err
+    assert err.count("\n") == 1 and not out
 
 
 @pytest.mark.parametrize("flags", ACT, ids=" ".join)
@@ -588,7 +698,7 @@ def test_the_log_has_its_columns_in_their_order(here, quick):
     assert row["step"] == "0" and row["sampled"] == "8" and float(row["nfe"]) == 8
 
 
-def test_a_prompt_longer_than_the_context_is_refused(here, quick, capsys):
+def test_a_prompt_longer_than_the_context_is_refused(here, quick, checkpoint, capsys):
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m"]) == 0
     capsys.readouterr()
     Path("long.jsonl").write_text(
@@ -598,7 +708,7 @@ def test_a_prompt_longer_than_the_context_is_refused(here, quick, capsys):
         )
     )
     assert agrpo.main(
-        [*quick, "--task", "gsm8k", "--model", "runs/m/model", "--data", "long.jsonl",
+        [*checkpoint, "--task", "gsm8k", "--model", "runs/m/model", "--data", "long.jsonl",
          "--completion-length", "16", "--block-length", "16", "--steps", "4"]
     ) == 2
     assert "context" in capsys.readouterr().err and not Path("runs/gsm8k-agrpo-seed0").exists()
