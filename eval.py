@@ -10,7 +10,6 @@ grader are those of training. The second half is what happens around its loop.
 """
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -204,8 +203,8 @@ def run(given: dict, flags) -> int:
     policy, tokenizer = open_policy(cfg)
     settings |= {"weights": checkpoints.fingerprint(policy)}
     name = Path(cfg.model.removesuffix("/model")).name
-    key, results = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8], []
-    out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{key}.jsonl")
+    out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{runs.digest(settings)}.jsonl")
+    results = []
     with locked_completions(out, settings, flags.overwrite) as (stored, f):
         stored = [row for row in stored if row["index"] < len(examples)]
         need(all(row["example"] == examples[row["index"]] for row in stored),
@@ -315,14 +314,15 @@ def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) 
 def run_training(cfg, loop, actions: dict) -> int:
     """What to train on, the model, the run's folder; then `learn`. Returns the exit code."""
     folder, clock, overwrite = Path("runs") / cfg.name, time.perf_counter(), actions["overwrite"]
-    once(runs.check, folder, dataclasses.asdict(cfg), options.MAY_CHANGE, actions["resume"],
-         overwrite)
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed,
                                    cfg.data, cfg.test_data)
+    settings = {**dataclasses.asdict(cfg), "examples": runs.digest(examples + heldout)}
+    once(runs.check, folder, settings, options.MAY_CHANGE, actions["resume"], overwrite)
     examples, cfg = once(forecast, cfg, folder, examples, heldout, overwrite)
     policy, tokenizer = open_policy(cfg, True, actions["rebuild_base"])
     with contextlib.ExitStack() as stack:                      # the model is there: now the folder
-        once(lambda: stack.enter_context(runs.begun(folder, dataclasses.asdict(cfg), overwrite)))
+        settings |= dataclasses.asdict(cfg)
+        once(lambda: stack.enter_context(runs.begun(folder, settings, overwrite)))
         return learn(cfg, loop, folder, policy, tokenizer, examples, heldout, clock)
 
 def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) -> int:

@@ -102,7 +102,7 @@ APPROXIMATE = ("prefix", "dual")       # of the caches
 NOT_RANDOM = ("low_confidence", "confidence", "threshold", "entropy_bound")    # greedy: no sample
 WITHOUT_DRAWS = ("exact", "diffu-grpo", "diffpo", "tracerl", "dipo")   # of the methods here
 WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # these
-MAY_CHANGE = ("max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass",
+MAY_CHANGE = ("name", "max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass",
               "gradient_checkpointing", "compile", "report_to")                # on --resume
 CONTROLLED = {"threshold": "threshold", "entropy": "entropy_bound"}    # by which --unmasking
 CHOICES = {

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -76,6 +77,10 @@ def read_results(path: Path) -> list[dict]:
 def write_json(path: Path, value):
     """Indented, whole or not at all."""
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+def digest(value) -> str:
+    """Eight letters that change when a value that JSON holds does."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 def read_settings(path: Path, settings: type):
     """The settings that a run kept. Raises BadInput."""

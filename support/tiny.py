@@ -71,7 +71,7 @@ def base_folder(cfg, block: int, make, rebuild: bool = False) -> str:
              or k in ("task", "seed", "completion_length", "train_examples")}
     knobs |= {"block": block, "corpus": corpus}
     key = hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("AGRPO_CACHE", "~/.cache/agrpo")).expanduser()
+    cache = Path(os.environ.get("AGRPO_CACHE") or "~/.cache/agrpo").expanduser()
     path = cache / f"{cfg.model}-{cfg.task}-{key}"
     if not rebuild and (path / "config.json").is_file():
         return str(path)

@@ -535,6 +535,20 @@ assert {"dipo", "diffpo"} <= set(agrpo.METHODS) and "sobol" in agrpo.TIMESTEPS
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(AGRPO).parent)
 
 
+def test_a_run_does_not_go_on_with_other_examples(here, quick, capsys):
+    flags = [*quick, "--task", "countdown", "--data", "nums.jsonl", "--name", "a"]
+    del flags[flags.index("--train-examples"):flags.index("--train-examples") + 2]
+    lines = [f'{{"nums": [{i}, 2, 3], "target": {i + 5}}}\n' for i in range(40)]
+    Path("nums.jsonl").write_text("".join(lines))
+    assert agrpo.main([*flags, "--max-steps", "1"]) == 0
+    Path("nums.jsonl").write_text("".join(lines[:30]))
+    assert agrpo.main([*flags, "--max-steps", "2", "--resume"]) == 2
+    assert "was run with examples=" in capsys.readouterr().err
+    Path("nums.jsonl").write_text("".join(lines))
+    Path("runs/a").rename("runs/b")                            # a folder may be called anything
+    assert agrpo.main([*flags, "--max-steps", "2", "--resume", "--name", "b"]) == 0
+
+
 def test_what_a_run_was_made_with_and_is_not_here_is_named(here, capsys):
     settings = dataclasses.asdict(evaluation.parse([])[0])
     for name, value, told in (("method", "mine", "unknown --method 'mine'"),

@@ -31,7 +31,7 @@ RUNS = {
     "diffpo": [*TINY, "--method", "diffpo", "--controller", "threshold", "--inner-epochs", "2"],
     "tracerl": [*TINY, "--method", "tracerl", "--value-model", "on", "--inner-epochs", "2"],
     "cache": [*TINY, "--cache", "dual", "--block-length", "4"],
-    "sft": [*TINY, "--sft", "gold"],
+    "sft": [*(w for w in TINY if w not in ("--completions", "8")), "--sft", "gold"],
     "dipo": [*TINY, "--model", "tiny-block", "--method", "dipo", "--block-length", "4"],
     "llada": [*SHORT, "--task", "gsm8k", "--model", "LLADA", "--data", str(DATA), "--steps", "8",
               "--completion-length", "24", "--block-length", "12", "--eval-steps", "8",
