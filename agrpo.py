@@ -12,11 +12,10 @@ B prompts x G completions = N rows; P prompt, C completion, L block length; T st
     M views: a view is a state with the tokens to score on it; V vocabulary; x_t state, o tokens,
     u reveal_step, U_t target, A adv, r ratio, Z normalizer, tau temperature; R rows of N, n or l
     positions of theirs, k tokens of a support. Eq. 1 to 6: our numbers, not the paper's (README).
-Departs from the official code in (`--preset official` goes back in 2 to 5):
-    1. the choice of positions is part of the likelihood where it depends on the model (Eq. 6);
-    2. every step until the sampler stops counts, and Z = T: with advantage leave_one_out, 1/T of
-    the gradient of E[R]; 3. by default advantages are divided by the group's deviation; 4. rollouts
-    unmask by low confidence; 5. steps are drawn over the batch, none twice, by their gradient.
+Departs from the official code in (`--preset official` goes back in 2 to 4):
+    1. the choice of positions counts where it depends on the model (Eq. 6); 2. so does every step
+    until the sampler stops: Z = T, advantage leave_one_out, 1/T of the gradient of E[R];
+    3. rollouts by low confidence; 4. steps drawn over the batch, none twice, by their gradient.
 """
 import dataclasses
 import hashlib
@@ -48,7 +47,7 @@ class Config:
     timesteps: str = "batch_gradient"  # how the K time steps are drawn [low_discrepancy]
     mc_steps: int = 1                  # K per completion with an advantage, on average [24]
     normalizer: str = "steps"          # Z: steps = T; last_step = the paper's m [last_step]
-    advantage: str = "std"             # of a reward within its group [mean]
+    advantage: str = "leave_one_out"   # of a reward within its group [mean]
     clip: float = 0.2                  # eps of Eq. 4; acts from the second inner epoch on
     clip_high: float = 0.0             # eps above 1, where it is another; 0: as clip
     kl: float = 0.0                    # beta of Eq. 4; its reference: methods/scored.py
@@ -400,7 +399,7 @@ def within_group(scale: Callable) -> Callable:
     return lambda r: scale(r, r - r.mean(1, keepdim=True)).masked_fill(
         r.amax(1, keepdim=True) == r.amin(1, keepdim=True), 0.0)
 
-ADVANTAGES = Rows({
+ADVANTAGES = Rows({                    # std turns the gradient where rewards have > 2 values
     "mean": within_group(lambda r, adv: adv),
     "leave_one_out": within_group(lambda r, adv: adv * r.shape[1] / (r.shape[1] - 1)),
     "std": within_group(lambda r, adv: adv / (r.std(1, keepdim=True) + 1e-4))})
@@ -470,8 +469,9 @@ OLD_LOGP = Rows({"recorded": recorded})         # (policy, traj, views, cfg) -> 
 
 def prepare(policy, traj: Trajectory, views: Views, adv, cfg: Config) -> Views:
     """The views that have a gradient, with adv (N, 1) or (N, C) and all that policy_loss needs."""
-    if not cfg.kl and adv.shape[1] == 1:
-        views = views.select(adv[views.row, 0] != 0)
+    if not cfg.kl and adv.shape[1] == 1:                       # steps that were certain have none
+        moves = (traj.gradient[views.row, views.step] > 0) | (views.old != "recorded")
+        views = views.select(moves & (adv[views.row, 0] != 0))
     return OLD_LOGP[views.old](policy, traj, views._replace(adv=adv[views.row]), cfg)
 
 # -------------------------------------------------------------------------------------- the loop

@@ -128,4 +128,5 @@ agrpo.NORMALIZERS.setdefault("batch_tokens", (     # all tokens of the batch; Eq
     lambda traj, cfg, row, target: ((traj.reveal_step < cfg.steps).sum().double()
                                     / len(traj.tokens)).clamp(min=1e-9).expand(len(row))))
 agrpo.METHODS.setdefault("dipo", agrpo.Method(dipo_views, {
-    "position_term": "off", "normalizer": "batch_tokens", "clip_high": 0.28}, train_step))
+    "position_term": "off", "normalizer": "batch_tokens", "advantage": "std", "clip_high": 0.28},
+    train_step))

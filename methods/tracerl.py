@@ -156,5 +156,6 @@ agrpo.ADVANTAGES.setdefault("none", lambda r: r)               # a value model i
 agrpo.NORMALIZERS.setdefault("state_tokens", (     # a mean over each state's tokens
     lambda traj, cfg, row, target: target.sum(1).clamp(min=1)))
 agrpo.METHODS.setdefault("tracerl", agrpo.Method(tracerl_views, {
-    "position_term": "off", "normalizer": "state_tokens", "kl": 0.01, "kl_reference": "old"},
+    "position_term": "off", "normalizer": "state_tokens", "advantage": "std", "kl": 0.01,
+    "kl_reference": "old"},
     train_step, begin))

@@ -309,7 +309,7 @@ def test_recorded_sizes_are_right_where_a_law_is_all_but_certain(unmasking, gap)
 
 
 @pytest.mark.parametrize("method", ["exact", "agrpo"])
-def test_completions_without_an_advantage_cost_no_pass_and_change_no_gradient(method):
+def test_steps_that_were_certain_cost_no_pass_and_change_no_gradient(method):
     cfg = change(method=method, mc_steps=2, top_k=2, top_p=0.6, unmasking="random",
                  position_term="off")
     policy = toy.TableDenoiser(3, scale=2.0)
@@ -317,9 +317,10 @@ def test_completions_without_an_advantage_cost_no_pass_and_change_no_gradient(me
     adv = torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     adv[:8] = 0.0
     views = agrpo.METHODS[method].views(traj, adv, cfg, policy.mask_id, agrpo.generator(0))
-    idle = adv[views.row] == 0
+    certain = traj.gradient[views.row, views.step] == 0
+    idle = certain | (adv[views.row] == 0)
     kept = agrpo.prepare(policy, traj, views, adv[:, None], cfg)
-    assert 0 < len(kept.row) and (method == "agrpo" or len(kept.row) < len(views.row))
+    assert 0 < len(kept.row) < len(views.row) and (certain & (adv[views.row] != 0)).any()
     assert torch.equal(kept.row, views.row[~idle]) and torch.equal(kept.step, views.step[~idle])
     all_of = views._replace(adv=adv[views.row, None], logp_old=traj.logp[views.row])
     loss = agrpo.policy_loss(policy, traj, all_of.select(idle), cfg)[0]
