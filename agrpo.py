@@ -343,8 +343,8 @@ def step_logp(policy, traj: Trajectory, views: Views, cfg: Config):
 # ------------------------------------------------------------------ quasi-Monte-Carlo time steps
 def proposal(size, inside, floor: float) -> Tensor:
     """p (R, S), rows sum to 1: in proportion to size `inside`, with a floor that bounds weights."""
-    size, inside = (size + 1e-9) * inside, inside.double()
-    return (1 - floor) * size / size.sum(1, True) + floor * inside / inside.sum(1, True)
+    size, even = (size + 1e-9) * inside, inside.double() / inside.sum(1, True).clamp(min=1)
+    return (1 - floor) * size / size.sum(1, True).clamp(min=1e-300) + floor * even
 
 def invert(p, u) -> Tensor:
     """Points u (N, K) in [0, 1) through the inverse distribution of p (N, T) -> weight (N, T)."""
@@ -380,8 +380,6 @@ def systematic(size, count, g) -> Tensor:
 def batch_gradient(traj: Trajectory, inside, stake, K: int, g, draw=systematic) -> Tensor:
     """Ours: K steps per row with a stake, over all rows at once and none twice, in proportion to
     stake times the length of the step's gradient; in random order: the comb meets no period."""
-    if not stake.any():
-        return torch.zeros(inside.shape, dtype=torch.float64)
     count = inside.sum(1).clamp(max=K)[stake != 0].sum().reshape(1, 1)
     inside, size = inside & (stake != 0)[:, None], traj.gradient.cpu().sqrt()
     p = proposal(size.reshape(1, -1), inside.reshape(1, -1), floor=0.1)
@@ -470,7 +468,8 @@ OLD_LOGP = Rows({"recorded": recorded})         # (policy, traj, views, cfg) -> 
 def prepare(policy, traj: Trajectory, views: Views, adv, cfg: Config) -> Views:
     """The views that have a gradient, with adv (N, 1) or (N, C) and all that policy_loss needs."""
     if not cfg.kl and adv.shape[1] == 1:                       # steps that were certain have none
-        moves = (traj.gradient[views.row, views.step] > 0) | (views.old != "recorded")
+        moves = traj.gradient[views.row, views.step] > 0
+        moves |= views.old != "recorded" or cfg.inner_epochs > 1
         views = views.select(moves & (adv[views.row, 0] != 0))
     return OLD_LOGP[views.old](policy, traj, views._replace(adv=adv[views.row]), cfg)
 
