@@ -142,6 +142,19 @@ def seeds() -> str:
     )
 
 
+def advantage() -> str:
+    lines = []
+    for (task,), own in groups(read("advantage.csv"), "task").items():
+        for steps in sorted({r["steps"] for r in own}, reverse=True):
+            by = {rule: [100 * r["trained"] for r in rows] for (rule, _), rows in groups(
+                [r for r in own if r["steps"] == steps], "advantage", "steps").items()}
+            ours, theirs = by["leave_one_out"], by["std"]
+            less = [f"{a - b:+.1f}" for a, b in zip(ours, theirs)]
+            lines.append([task, f"{steps:.0f}", spread(ours), spread(theirs), ", ".join(less)])
+    header = ["task", "steps", "`leave_one_out`", "`std`", "difference, seed by seed"]
+    return markdown(header, lines)
+
+
 def fewer_steps() -> str:
     lines = []
     for first in first_steps(read("results.csv")):
@@ -505,6 +518,7 @@ TABLES = {
     for f in (
         results,
         seeds,
+        advantage,
         fewer_steps,
         puzzles,
         adaptive,
