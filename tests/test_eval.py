@@ -177,7 +177,7 @@ def test_other_weights_under_the_same_path_are_not_mixed(here, quick, capsys):
             1  # one number, among the first of its parameter
         )
     save(policy, tokenizer, Path("runs/m/model"),
-         Settings(**json.loads(Path("runs/m/config.json").read_text())))
+         runs.read_settings(Path("runs/m/config.json"), Settings))
     capsys.readouterr()
     assert (
         evaluation.main([*flags, "--out", "e.jsonl"]) == 2
