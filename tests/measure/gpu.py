@@ -227,7 +227,8 @@ def runs(report, device, small):
     long = sizes if small else {"max_steps": 60, "device": device}
     def run(name, resume=False, **given):
         cfg = settle({"task": "sudoku", "name": name, **given})
-        code = evaluation.run_training(cfg, agrpo.train, resume, False, False)
+        actions = {"resume": resume, "overwrite": False, "rebuild_base": False}
+        code = evaluation.run_training(cfg, agrpo.train, actions)
         log = list(csv.DictReader(open(Path("runs") / name / "log.csv")))
         return code, log, json.loads((Path("runs") / name / "summary.json").read_text())
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), \
