@@ -1096,6 +1096,7 @@ BAD = [
     ("--alpha 1", "--controller"), ("--shrink 2", "tracerl"),
     ("--truncation -1 --method diffpo", "--truncation"), ("--truncation 2", "diffpo"),
     ("--dynamic-sampling 2", "--method dipo"), ("--kl nan", "--kl"),
+    ("--method tracerl --shrink 1 --value-model on --position-term on", "--position-term"),
     ("--model-block 4", "tiny-block"),
     ("--method diffpo --mc-steps 2", "--method agrpo"),
     ("--method diffpo --preset official", "--method agrpo"),
