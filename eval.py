@@ -146,6 +146,7 @@ class Flags:
     out: str = ""                      # the completions' .jsonl; .json and .png beside it
     regrade: str = ""                  # grade the completions of this file again, and stop
     overwrite: bool = False            # start over: replace what the output file holds
+    skip_bad_examples: bool = False    # leave out those whose own answer is graded wrong
 
 def settings_of(given: dict, flags) -> tuple:
     """The command line -> settings of the sampler, the (length, steps) to evaluate. Raises
@@ -191,7 +192,7 @@ def run(given: dict, flags) -> int:
     if flags.out:                                              # before a model is opened or trained
         open_completions(Path(flags.out), settings, flags.overwrite)
     n = flags.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0)
-    examples = load_examples(cfg.task, n, 0, "test", cfg.data)
+    examples = load_examples(cfg.task, n, 0, "test", cfg.data, flags.skip_bad_examples)
     try_task(cfg.task, examples[0])
     if seen := trained_on(cfg, examples):
         print(f"note: the model was trained on {seen} of these {len(examples)} examples",
@@ -201,7 +202,7 @@ def run(given: dict, flags) -> int:
         longest = dataclasses.replace(cfg, completion_length=max(shapes)[0])
         check_context(about.config, tokenizer, longest, examples)
     policy, tokenizer = open_policy(cfg)
-    settings |= {"weights": checkpoints.fingerprint(policy)}
+    settings["weights"] = checkpoints.fingerprint(policy)
     name = Path(cfg.model.removesuffix("/model")).name
     out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{runs.digest(settings)}.jsonl")
     results = []
@@ -215,8 +216,7 @@ def run(given: dict, flags) -> int:
             shape = {"length": length, "steps": steps}
 
             def complete(exs, keys, at=at):
-                keys = [("eval", cfg.seed, *key) for key in keys]
-                return completed(policy, tokenizer, exs, keys, at)
+                return completed(policy, tokenizer, exs, [("eval", cfg.seed, *k) for k in keys], at)
 
             def save(rows, shape=shape):
                 f.writelines(json.dumps({**shape, **row, "example": examples[row["index"]]}) + "\n"
@@ -253,7 +253,7 @@ def main(argv=None) -> int:
                  "--regrade goes with --task, --out and --overwrite alone: it uses no model")
             return regrade(Path(flags.regrade), given.get("task", ""), flags.out, flags.overwrite)
         return run(given, flags)
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, FloatingPointError) as error:
         print("eval:", *str(error).splitlines(), file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
@@ -315,7 +315,7 @@ def run_training(cfg, loop, actions: dict) -> int:
     """What to train on, the model, the run's folder; then `learn`. Returns the exit code."""
     folder, clock, overwrite = Path("runs") / cfg.name, time.perf_counter(), actions["overwrite"]
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed,
-                                   cfg.data, cfg.test_data)
+                                   cfg.data, cfg.test_data, cfg.skip_bad_examples)
     settings = {**dataclasses.asdict(cfg), "examples": runs.digest(examples + heldout)}
     once(runs.check, folder, settings, options.MAY_CHANGE, actions["resume"], overwrite)
     examples, cfg = once(forecast, cfg, folder, examples, heldout, overwrite)

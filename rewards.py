@@ -66,7 +66,7 @@ def sudoku_cells(completion: str) -> tuple[str, bool]:
     >>> [sudoku_cells(f"<answer>{x}</answer>") for x in ("12 34|34 12|21 43|43 21", "1234 34")]
     [('1234341221434321', True), ('123434', False)]"""
     answer, marked = find_answer(completion)
-    answer = re.sub(r"(?i)\brow\s*[1-4]\s*:|4\s?[x×]\s?4", " ", answer)
+    answer = re.sub(r"(?i)\br(?:ow)?\s*[1-4]\s*:|4\s?[x×]\s?4", " ", answer)
     digits, runs = re.sub("[^0-9]", "", answer), re.findall("[0-9]+", answer)
     grids, rows = ([run for run in runs if len(run) == n] for n in (16, 4))
     found = digits if len(digits) == 16 else grids[-1] if grids else "".join(rows[-4:])
@@ -291,6 +291,15 @@ def gold_completion(task: str, example: dict, style: str) -> str:
         return gold
     words = example["answer"].partition("####")[0] if task == "gsm8k" else ""
     return FORMATS[style][2].format(reasoning=re.sub(r"<<.*?>>", "", words).strip(), gold=gold)
+
+def gold_is_right(task: str, example: dict) -> bool:
+    """Whether an example's own answer is graded 1, alone or in a prompt's layout.
+    >>> [gold_is_right("countdown", {"nums": [3, 3, 1], "target": t}) for t in (7, 997)]
+    [True, False]"""
+    if not isinstance(TASKS[task].gold(example), str):
+        return False
+    return any(grade(task, gold_completion(task, example, style), example) == 1
+               for style in ("bare", "agrpo"))
 
 # ---------------------------------------------------------------------------- the table of tasks
 @dataclass(frozen=True)

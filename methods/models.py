@@ -82,10 +82,12 @@ def tiny_base(cfg, device: str, rebuild: bool = False) -> str:
     return tiny.base_folder(cfg, block, make, rebuild)
 
 def open_policy(cfg, train=False, rebuild=False) -> tuple:
-    """cfg.model -> policy, tokenizer, on their device. Raises BadInput."""
+    """cfg.model -> policy, tokenizer, on their device. Raises BadInput, FloatingPointError."""
     device = options.device_for(cfg)
     model = once(tiny_base, cfg, device, rebuild) if cfg.model in options.TINY else cfg.model
     net, tokenizer, about = checkpoints.load_network(model, device, cfg, train)
+    if not all(bool(p.isfinite().all()) for p in net.parameters()):
+        raise FloatingPointError(f"--model {cfg.model}: not all of its weights are finite numbers")
     if cfg.compile == "on":
         decoder = net.get_decoder()
         decoder.forward = torch.compile(decoder.forward, dynamic=True)

@@ -189,7 +189,9 @@ def open_checkpoint(model: str, block: int = 0, weights: bool = False):
         folder = find_folder(base, weights)
     about = read_checkpoint(folder, block, model)
     tokenizer = load_tokenizer(adapter or folder)
-    mask_id = tokenizer.mask_token_id if about.mask_id is None else about.mask_id
+    named = [i for token, i in tokenizer.get_added_vocab().items() if "mask" in token.lower()]
+    known = (about.mask_id, tokenizer.mask_token_id, *(named if len(named) == 1 else ()))
+    mask_id = next((i for i in known if i is not None), None)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masked, whatever it is
     with refusing(f"--model {model}"):                         # a broken template
         if encode_prompts(tokenizer, [("1", "")])[0].numel() == 0:
@@ -199,6 +201,8 @@ def open_checkpoint(model: str, block: int = 0, weights: bool = False):
         need(token is not None and token < about.config.vocab_size,
              f"--model {model}: neither its config.json nor its tokenizer gives a {name} token of "
              "its vocabulary")
+    need(mask_id != tokenizer.eos_token_id,
+         f"--model {model}: its mask token is its end-of-sequence token, {mask_id}")
     return about._replace(mask_id=mask_id, adapter=adapter, base=base), tokenizer
 
 # ----------------------------------------------------------------------------------- its weights

@@ -5,8 +5,9 @@ import json
 import os
 from pathlib import Path
 
-from rewards import TASKS, BadInput, in_split, try_task
-from support.runs import need
+from rewards import TASKS, BadInput, gold_is_right, in_split, try_task
+from support.processes import say
+from support.runs import need, refusing
 
 def held_out(task: str, example: dict) -> bool:
     """Whether an example's statement, up to symmetry, is one that no training here ever sees."""
@@ -53,15 +54,34 @@ def read_pairs(path: str) -> list[dict]:
         return row
     return read_rows(path, convert)
 
-def from_file(task: str, path: str) -> list[dict]:
-    """The examples of a file. Raises BadInput."""
-    def convert(row):
-        TASKS[task].key(example := TASKS[task].row(row))   # by way of the columns that it needs
+def converted(task: str, row: dict, skip: bool) -> dict | None:
+    """A row as an example; None for one to be left out. Raises ValueError for an example whose own
+    answer its grade does not take: nothing could be learned from it."""
+    TASKS[task].key(example := TASKS[task].row(row))       # by way of the columns that it needs
+    text = json.dumps(example, ensure_ascii=False)
+    text.encode()                                          # no half of a surrogate pair
+    if gold_is_right(task, example):
         return example
-    check_files(path)
-    return read_rows(path, convert)
+    if not skip:
+        raise ValueError(f"its own answer is graded wrong, {text[:80]} (--skip-bad-examples)")
+    return None
 
-def from_hub(task: str, split: str) -> list[dict]:
+def kept(examples: list, where: str) -> list[dict]:
+    """Those that are not to be left out; says how many are. Raises BadInput if all are."""
+    found = [ex for ex in examples if ex is not None]
+    need(found, f"{where}: no example whose own answer is graded right")
+    if len(found) < len(examples):
+        say(f"{where}: left out {len(examples) - len(found)} of {len(examples)} examples, whose "
+            "own answer is graded wrong")
+    return found
+
+def from_file(task: str, path: str, skip: bool = False) -> list[dict]:
+    """The examples of a file. skip: leave out those whose own answer is graded wrong, instead of
+    refusing the file. Raises BadInput."""
+    check_files(path)
+    return kept(read_rows(path, lambda row: converted(task, row, skip)), path)
+
+def from_hub(task: str, split: str, skip: bool = False) -> list[dict]:
     """The examples of a published data set, downloaded once. Raises BadInput with what helps."""
     need(TASKS[task].hub, f"--task {task} needs --data FILE")
     import datasets
@@ -70,21 +90,27 @@ def from_hub(task: str, split: str) -> list[dict]:
     huggingface_hub.utils.logging.set_verbosity_error()    # its retries take half a minute
     name, config, part = TASKS[task].hub[split]
     try:
-        return [TASKS[task].row(row) for row in datasets.load_dataset(name, config, split=part)]
+        rows = list(datasets.load_dataset(name, config, split=part))
     except Exception as error:                             # many kinds, from three libraries
         column = "problem" if task == "math" else "question"
         raise BadInput(f"cannot load {name} ({type(error).__name__}): without network give --data "
                        f"FILE, lines of JSON with {column} and answer") from None
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        with refusing(f"{name}, {part}, row {number}"):
+            examples.append(converted(task, row, skip))
+    return kept(examples, name)
 
-def load_examples(task: str, n: int, seed: int, split: str, path: str = "") -> list[dict]:
+def load_examples(task: str, n: int, seed: int, split: str, path="", skip=False) -> list[dict]:
     """The first `n` examples (0: all) of a file, or of a split, generated or published."""
     if path or not TASKS[task].generate:
-        return (from_file(task, path) if path else from_hub(task, split))[:n or None]
+        found = from_file(task, path, skip) if path else from_hub(task, split, skip)
+        return found[:n or None]
     examples = list(TASKS[task].generate(n, seed, split) or [])
     need(len(examples) == n, f"task {task}: generate made {len(examples)} examples of {n}")
     return examples
 
-def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_path: str = ""):
+def load_split(task: str, n: int, n_test: int, seed: int, path="", test_path="", skip=False):
     """Training and held-out examples, no statement in both: generated or published, or from files;
     a file without a second one is divided by `held_out`."""
     check_files(path, test_path)
@@ -94,12 +120,13 @@ def load_split(task: str, n: int, n_test: int, seed: int, path: str = "", test_p
              f"task {task}: generate makes the same examples to train on and to hold out; "
              "rewards.in_split(text, split) says which are whose")
     elif path and not test_path:
-        examples = from_file(task, path)
+        examples = from_file(task, path, skip)
         train, test = ([ex for ex in examples if held_out(task, ex) == side] for side in (0, 1))
     else:
-        test, key = load_examples(task, 0, 0, "test", test_path), TASKS[task].key
+        test, key = load_examples(task, 0, 0, "test", test_path, skip), TASKS[task].key
         tested = set(map(key, test))
-        train = [ex for ex in load_examples(task, 0, 0, "train", path) if key(ex) not in tested]
+        train = [ex for ex in load_examples(task, 0, 0, "train", path, skip)
+                 if key(ex) not in tested]
     need(train and test, f"--data {path}: too few examples to train on some and hold others out")
     try_task(task, train[0])
     return train, test[:n_test]

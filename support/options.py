@@ -32,6 +32,7 @@ class Run:
     model: str = "tiny"                # "tiny", "tiny-block", a directory, or the hub's owner/name
     data: str = ""                     # a file of examples instead of generated or published ones
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
+    skip_bad_examples: bool = False    # leave out those whose own answer is graded wrong
     max_steps: int = 100               # optimizer steps = rollouts
     preset: str = ""                   # official: as published (its limits: README); 24gb, 80gb
     sft: str = ""                      # fine-tuning instead of RL: gold, or a file of answers

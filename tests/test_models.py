@@ -674,3 +674,42 @@ def test_the_precision_of_a_gpu_trains_too(job, monkeypatch):
             and row["grad_norm"] > 0
             and row["ratio"] == pytest.approx(1, abs=0.05)
         )
+
+
+def test_a_mask_token_that_only_its_name_tells_is_found(tmp_path):
+    """As dllm's Qwen3 models have it: mask_token_id null, the token among those added."""
+    write_checkpoint(tmp_path / "m", "a2d-qwen3")
+    want = checkpoints.open_checkpoint(str(tmp_path / "m"))[0].mask_id
+    for name, key in (("config", "mask_token_id"), ("tokenizer_config", "mask_token")):
+        path = tmp_path / "m" / f"{name}.json"
+        saved = json.loads(path.read_text())
+        saved.pop(key, None)
+        path.write_text(json.dumps(saved))
+    (tmp_path / "m" / "special_tokens_map.json").unlink(missing_ok=True)
+    about, tokenizer = checkpoints.open_checkpoint(str(tmp_path / "m"))
+    assert tokenizer.mask_token_id is None and about.mask_id == want
+    config = tmp_path / "m" / "config.json"
+    saved = json.loads(config.read_text())
+    config.write_text(json.dumps({**saved, "mask_token_id": tokenizer.eos_token_id}))
+    with pytest.raises(BadInput, match="its mask token is its end-of-sequence token"):
+        checkpoints.open_checkpoint(str(tmp_path / "m"))
+
+
+def test_a_weight_that_is_no_number_is_one_line_before_any_work(here, capsys):
+    from safetensors.torch import load_file, save_file
+    write_checkpoint(Path("m"), "llada")
+    for file in Path("m").glob("*.safetensors"):
+        weights = load_file(file)
+        first = next(iter(weights))
+        weights[first].view(-1)[3] = float("nan")
+        save_file(weights, file, {"format": "pt"})
+    Path("g.jsonl").write_text("".join(
+        f'{{"question": "{i}+1?", "answer": "#### {i + 1}"}}\n' for i in range(40)))
+    flags = ["--task", "gsm8k", "--model", "m", "--data", "g.jsonl", "--device", "cpu"]
+    assert evaluation.main([*flags, "--limit", "2", "--steps", "8", "--lengths", "8",
+                            "--block-length", "8"]) == 1
+    shape = ["--completion-length", "8", "--block-length", "8", "--steps", "8"]
+    assert agrpo.main([*flags, *shape, "--eval-steps", "8", "--name", "x"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("not all of its weights are finite numbers") == 2 and err.count("\n") == 2
+    assert not Path("runs/x").exists()

@@ -625,3 +625,41 @@ def test_real_files_load_and_their_solutions_are_right():
 def test_an_answer_cannot_close_the_box_it_is_put_in():
     text = "<answer>3} \\boxed{\\frac{1}{2}} \\boxed{3</answer>"
     assert grade("math", text, {"problem": "", "answer": "3"}) == 0
+
+
+BAD_GOLDS = {                          # task: rows whose own answer can never be right
+    "gsm8k": ['{"question": "q", "answer": "NaN"}', '{"question": "q", "answer": "She has none."}'],
+    "math": ['{"problem": "p", "answer": "$\\\\boxed{0}$"}'],
+    "countdown": ['{"nums": [3, 3, 1], "target": 997}', '{"nums": "331", "target": 7}']}
+GOOD_GOLDS = {"gsm8k": '{"question": "q", "answer": "2 + 2 = 4\\n#### 4"}',
+              "math": '{"problem": "p", "answer": "\\\\frac{1}{2}"}',
+              "countdown": '{"nums": [3, 3, 1], "target": 7}'}
+
+
+@pytest.mark.parametrize("task, bad", [(t, bad) for t in BAD_GOLDS for bad in BAD_GOLDS[t]])
+def test_an_example_whose_own_answer_is_graded_wrong_is_refused_or_left_out(
+        task, bad, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{GOOD_GOLDS[task]}\n{bad}\n")
+    with pytest.raises(BadInput, match="rows.jsonl:2: its own answer is graded wrong"):
+        data.from_file(task, str(path))
+    assert len(data.from_file(task, str(path), skip=True)) == 1
+    assert "left out 1 of 2 examples" in capsys.readouterr().out
+    path.write_text(bad + "\n")
+    with pytest.raises(BadInput, match="no example whose own answer"):
+        data.from_file(task, str(path), skip=True)
+
+
+def test_half_of_a_surrogate_pair_is_one_line_with_its_place(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD_GOLDS["gsm8k"] + '\n{"question": "q \\ud800", "answer": "#### 1"}\n')
+    with pytest.raises(BadInput, match="rows.jsonl:2: .*surrogates"):
+        data.from_file("gsm8k", str(path))
+
+
+def test_labelled_rows_of_a_sudoku_are_read():
+    ex = {"puzzle": "1234341221434300", "solution": "1234341221434321"}
+    text = "R1: 1 2 3 4\nR2: 3 4 1 2\nR3: 2 1 4 3\nR4: 4 3 2 1"
+    for labels in (text, text.replace("R", "r"), text.replace("R", "Row ")):
+        assert grade("sudoku", f"<answer>{labels}</answer>", ex) == 1.0
+    assert grade("sudoku", text.replace("4 3 2 1", "4 3 1 2"), ex) < 1.0
