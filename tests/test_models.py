@@ -227,7 +227,7 @@ BAD = [({"model_type": "gpt2"}, "gpt2"), ({"model_type": ["llada"]}, "supported 
        ({"d_model": None}, "d_model"), ({"n_layers": "two"}, "n_layers"),
        ({"n_layers": 3}, "missing_keys"), ({"n_layers": 1}, "unexpected_keys"),
        ({"mlp_hidden_size": 64}, "mismatched_keys"), ({"mask_token_id": 10**6}, "mask_token_id"),
-       ({"mask_token_id": None}, "mask"), ({"n_heads": 5}, "model"),
+       ({"n_heads": 5}, "model"),
        ({"weight_tying": True}, "tied"), ({"rope_theta": -1}, "rope_theta")]
 
 
