@@ -234,7 +234,7 @@ class Trajectory:
     logp: Tensor                       # (N, C) of the token under the sampling law, when revealed
     order_logp: Tensor                 # (N, T) of each step's choice of positions
     entropy: Tensor                    # (N, T) of the law, over the positions revealed, nats
-    gradient: Tensor                   # (N, T) |d log pi(step) / d logits|^2, for TIMESTEPS alone
+    gradient: Tensor                   # (N, T) |d log pi(step) / d logits|^2: which steps to draw
     nfe: Tensor                        # (N,) denoiser calls of the row = its number of steps
     eos_id: int
     support: Tensor | None = None      # (N, C, k) of the law, V = none; None: everything
@@ -245,12 +245,13 @@ class Trajectory:
         return torch.where(self.tokens != self.eos_id, self.reveal_step, 0).amax(1)
 
 @torch.no_grad()
-def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, **own) -> Trajectory:
+def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, count=None) -> Trajectory:
     """Denoise one completion per row of prompt (N, P), block by block, in at most T steps. keys: N
     hashables; a row's random numbers depend on its key alone. A row is finished, and leaves the
-    batch, once a whole block of it is EOS. own: count=, in place of the configured UNMASK's."""
+    batch, once a whole block of it is EOS. count: in place of the configured row's of UNMASK."""
     N, C, L, T = len(prompt), cfg.completion_length, cfg.block_length, cfg.steps
-    rule, mask_id, eos_id = UNMASK[cfg.unmasking]._replace(**own), policy.mask_id, policy.eos_id
+    rule, mask_id, eos_id = UNMASK[cfg.unmasking], policy.mask_id, policy.eos_id
+    rule = rule._replace(count=count or rule.count)
     seeds = [generator(*(key if isinstance(key, tuple) else (key,))) for key in keys]
     u = torch.stack([torch.rand(T, 2, L, generator=g, dtype=torch.float64) for g in seeds])
     u, blocks = u.to(prompt.device), policy.blocks(prompt_mask, C, L)          # blocks (N, C)
@@ -305,7 +306,7 @@ class Views(NamedTuple):
     state: Tensor                      # (M, C) ... and of the completion
     target: Tensor                     # (M, C) bool, positions whose log-prob counts
     weight: Tensor                     # (M, 1) or (M, C), 1 / (Z x mean number of draws)
-    old: str                           # where old log-probs come from: recorded, scored, ...
+    old: str                           # where old log-probs come from: a row of OLD_LOGP
     adv: Tensor | None = None          # (M, 1) or (M, C): this and the rest by `prepare`
     logp_old: Tensor | None = None     # (M, C); None: those of the first evaluation
     order_logp_old: Tensor | None = None    # (M,); None: the choice of positions does not count

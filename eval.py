@@ -26,13 +26,14 @@ from methods import caches, diffpo, scored, sft
 from methods.models import (OWNERS, Settings, check, check_context, choices, generate, lengths,
                             open_policy, sampler, settle)
 from rewards import TASKS, BadInput, try_task
-from support import checkpoints, cost, options, processes, runs, tiny
+from support import (checkpoints, cost, files, options, processes, rules, runs, saving, tiny)
 from support.completions import (bootstrap, grade_row, locked_completions, open_completions,
                                  regrade, wilson)
 from support.data import held_out, load_examples, load_split
 from support.figures import plot_frontier
+from support.files import need
 from support.processes import once, say
-from support.runs import need, percent, table
+from support.runs import percent, table
 
 def evaluate(complete, task: str, examples: list, batch: int = 256, samples: int = 1, done=None,
              save=None) -> dict:
@@ -119,7 +120,7 @@ def report_evaluation(task: str, name: str, settings: dict, results: list[dict],
         rows.append({**row, "seconds": f"{r['seconds']:.1f}"})
     print(table(rows))
     kept = [{k: v for k, v in r.items() if k not in ("completions", "grades")} for r in results]
-    runs.write_json(out.with_suffix(".json"), {"settings": settings, "results": kept})
+    files.write_json(out.with_suffix(".json"), {"settings": settings, "results": kept})
     said = f"every completion with its grade: {out}"
     if len(results) > 1:
         curves = {}
@@ -173,14 +174,14 @@ def settings_of(given: dict, flags) -> tuple:
     cfg = dataclasses.replace(options.for_evaluation(cfg), **given, **whole)
     need(0 < flags.samples < 10**6 and 0 <= flags.limit <= 10**5 and flags.batch > 0,
          "--samples and --batch must be at least 1, --limit 0 to 100000")
-    need(flags.samples == 1 or cfg.temperature > 0 or cfg.unmasking not in options.NOT_RANDOM,
+    need(flags.samples == 1 or cfg.temperature > 0 or cfg.unmasking not in rules.NOT_RANDOM,
          f"--samples {flags.samples} of a greedy sampler are all the same: give a --temperature")
     all_lengths = options.numbers(flags.lengths or str(cfg.completion_length), "--lengths")
     all_steps = options.numbers(flags.steps or cfg.eval_steps, "--steps")
     shapes = [(length, steps) for length in all_lengths for steps in all_steps]
     for length, steps in shapes:
         at = dataclasses.replace(cfg, completion_length=length, eval_steps=str(steps))
-        options.validate(at, choices(), False, {}, given, training=False)
+        rules.validate(at, choices(), False, {}, given, training=False)
     return cfg, shapes
 
 def run(given: dict, flags) -> int:
@@ -195,16 +196,15 @@ def run(given: dict, flags) -> int:
     examples = load_examples(cfg.task, n, 0, "test", cfg.data, flags.skip_bad_examples)
     try_task(cfg.task, examples[0])
     if seen := trained_on(cfg, examples):
-        print(f"note: the model was trained on {seen} of these {len(examples)} examples",
-              flush=True)
+        say(f"note: the model was trained on {seen} of these {len(examples)} examples")
     if cfg.model not in options.TINY:
         about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
         longest = dataclasses.replace(cfg, completion_length=max(shapes)[0])
         check_context(about.config, tokenizer, longest, examples)
     policy, tokenizer = open_policy(cfg)
-    settings["weights"] = checkpoints.fingerprint(policy)
+    settings["weights"] = saving.fingerprint(policy)
     name = Path(cfg.model.removesuffix("/model")).name
-    out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{runs.digest(settings)}.jsonl")
+    out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{files.digest(settings)}.jsonl")
     results = []
     with locked_completions(out, settings, flags.overwrite) as (stored, f):
         stored = [row for row in stored if row["index"] < len(examples)]
@@ -316,7 +316,7 @@ def run_training(cfg, loop, actions: dict) -> int:
     folder, clock, overwrite = Path("runs") / cfg.name, time.perf_counter(), actions["overwrite"]
     examples, heldout = load_split(cfg.task, cfg.train_examples, cfg.eval_examples, cfg.seed,
                                    cfg.data, cfg.test_data, cfg.skip_bad_examples)
-    settings = {**dataclasses.asdict(cfg), "examples": runs.digest(examples + heldout)}
+    settings = {**dataclasses.asdict(cfg), "examples": files.digest(examples + heldout)}
     once(runs.check, folder, settings, options.MAY_CHANGE, actions["resume"], overwrite)
     examples, cfg = once(forecast, cfg, folder, examples, heldout, overwrite)
     policy, tokenizer = open_policy(cfg, True, actions["rebuild_base"])
@@ -335,7 +335,7 @@ def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) 
     say(runs.opening(cfg, policy, len(examples), len(heldout), folder))
     if not once((folder / "eval_base.json").is_file):              # a resumed run has it
         results = [evaluate_at(policy, tokenizer, cfg, heldout, n) for n in steps]
-        once(runs.write_json, folder / "eval_base.json", results)
+        once(files.write_json, folder / "eval_base.json", results)
     base = runs.read_results(folder / "eval_base.json")
     say(f"base: {percent(base[0])} of {base[0]['n']} held-out solved, greedy, {base[0]['steps']} "
         f"steps, {base[0]['nfe']:.1f} denoiser calls")
@@ -348,7 +348,7 @@ def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) 
     after = [evaluate_at(policy, tokenizer, cfg, heldout, n) for n in steps]
     run.seconds["eval"] += sum(r["seconds"] for r in base + after)
     extra = {"controller": policy.controller} if cfg.controller != "off" else {}
-    once(checkpoints.save_model, folder / "model", policy.model, tokenizer, dataclasses.asdict(cfg),
+    once(saving.save_model, folder / "model", policy.model, tokenizer, dataclasses.asdict(cfg),
          policy.source, policy.base, extra)
     once(runs.report, folder, cfg, heldout, base, after, run.seconds)
     return 0
@@ -359,7 +359,7 @@ def method_of(cfg, tokenizer) -> agrpo.Method:
     if cfg.sft:
         return agrpo.Method(None, train_step=sft.step_with(tokenizer))
     if cfg.controller != "off":
-        return method._replace(train_step=diffpo.controller_step, begin=diffpo.begin)
+        method = method._replace(train_step=diffpo.controller_step, begin=diffpo.begin)
     if cfg.cache in options.APPROXIMATE:
         method = method._replace(train_step=caches.train_step)
     if cfg.kl and cfg.kl_reference == "old":
@@ -374,7 +374,7 @@ def training(argv, loop) -> int:
     try:
         cfg, actions = parse(sys.argv[1:] if argv is None else argv)
         if (out := actions["merge"]) is not None:
-            checkpoints.merge(cfg.model, cfg.model_block, out)
+            saving.merge(cfg.model, cfg.model_block, out)
             print(f"merged: {out}")
             return 0
         processes.join(cpu=options.device_for(cfg) == "cpu")

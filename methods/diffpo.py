@@ -21,9 +21,9 @@ import agrpo
 from methods.diffu_grpo import counted
 from methods.samplers import EASE, LEVEL
 from methods.scored import score
-from support.checkpoints import load_extra
 from support.options import CONTROLLED
-from support.runs import need
+from support.files import need
+from support.saving import load_extra
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

@@ -10,9 +10,9 @@ from methods import (ROWS, caches, diffpo, diffu_grpo, dipo, join, rows_of, samp
                      tracerl)
 from methods.sft import train_base
 from rewards import grade, overlong, prompt_for, read_weights, reward_parts
-from support import checkpoints, options, tiny
+from support import checkpoints, options, rules, tiny
 from support.processes import once
-from support.runs import need
+from support.files import need
 
 OWNERS = {                             # whose settings they are; --help shows the first four
     "run": options.Run, "method": agrpo.Config, "evaluation": options.Evaluation,
@@ -34,8 +34,8 @@ def choices() -> dict:
 def settle(given: dict, may_be_zero=frozenset()) -> Settings:
     """The flags given, and for the rest what task, model, method and preset ask for. Raises
     BadInput for a value that none of them takes."""
-    options.check_values(Settings(**given), {**options.CHOICES, **choices()},
-                         options.MAY_BE_ZERO | may_be_zero)
+    rules.check_values(Settings(**given), {**rules.CHOICES, **choices()},
+                         rules.MAY_BE_ZERO | may_be_zero)
     published = agrpo.METHODS[given.get("method", "agrpo")].settings
     settings = options.before_flags(given, published)
     if "completion_length" in given:                           # of one's own: also evaluated
@@ -60,9 +60,9 @@ def policy_of(net, mask_id: int, eos_id: int, shift: bool, block: int):
 
 def check(cfg, given: dict) -> Settings:
     """cfg. Raises BadInput with one line for any setting that cannot work."""
-    options.check_values(cfg, {**options.CHOICES, **choices()}, options.MAY_BE_ZERO)
+    rules.check_values(cfg, {**rules.CHOICES, **choices()}, rules.MAY_BE_ZERO)
     order_term = agrpo.UNMASK[cfg.unmasking].order_logp is not None
-    options.validate(cfg, choices(), order_term, agrpo.METHODS[cfg.method].settings, given)
+    rules.validate(cfg, choices(), order_term, agrpo.METHODS[cfg.method].settings, given)
     return cfg
 
 def checked(given: dict) -> Settings:
@@ -143,6 +143,7 @@ def sampler(tokenizer, cfg):
     weights = read_weights(cfg.task, cfg.reward_weights)
 
     def sample(policy, examples, keys, cfg):
+        """As agrpo.sample_step asks for it."""
         traj, texts = generate(policy, tokenizer, examples, keys, cfg)
         (rank, world), graded = agrpo.processes(), []
         for i in torch.tensor_split(torch.arange(len(texts)), world)[rank].tolist():

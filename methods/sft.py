@@ -17,7 +17,7 @@ from rewards import TASKS, gold_completion, prompt_for
 from support.checkpoints import encode_prompts, end_of_turn
 from support.data import load_examples, read_pairs
 from support.processes import say
-from support.runs import need
+from support.files import need
 
 def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
     """(n, C): each answer, the end of its turn where there is one, then EOS to the end. Raises
@@ -97,6 +97,7 @@ def train_base(policy, tokenizer, cfg):
 def step_with(tokenizer):
     """A step like agrpo.train_step, on rows {"prompt": (message, beginning), "answer": text}."""
     def sft_step(policy, optimizer, examples, step: int, cfg, sample=None) -> dict:
+        """Eq. 8 on a batch, one optimizer step; returns what is logged."""
         clock, total = time.perf_counter(), 0.0
         (rank, world), device = agrpo.processes(), next(policy.model.parameters()).device
         batch = agrpo.batch_of_examples(examples, step, cfg)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from rewards import TASKS, BadInput, grade
-from support.runs import need, percent, refusing, table, write_atomically
+from support.files import need, refusing, write_atomically
+from support.runs import percent, table
 
 HEADER = '{"settings": '               # how the first line of our files begins
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from rewards import TASKS, BadInput, gold_is_right, in_split, try_task
+from support.files import need, refusing
 from support.processes import say
-from support.runs import need, refusing
 
 def held_out(task: str, example: dict) -> bool:
     """Whether an example's statement, up to symmetry, is one that no training here ever sees."""

@@ -32,6 +32,7 @@ def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO")
     import pandas as pd
 
     def draw(axis):
+        """The curves of all runs."""
         sampled, held = [], []                                 # of each run: minutes, %
         for rows, base, trained in runs:
             log = pd.DataFrame(rows).apply(pd.to_numeric, errors="coerce")
@@ -71,6 +72,7 @@ def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO")
 def plot_frontier(path: Path, curves: dict, task: str, band: str = "band: 95 % interval"):
     """Solved share against denoiser calls: {name: [result, ...]}, a line each with its band."""
     def draw(axis):
+        """A line for each of the results."""
         for place, (name, results) in enumerate(curves.items()):
             results = sorted(results, key=lambda r: r["nfe"])
             x, y = [r["nfe"] for r in results], [100 * r["solved"] for r in results]

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from rewards import TASKS, prompt_for
-from support.checkpoints import save_model
 from support.data import load_examples
-from support.runs import refusing
+from support.files import refusing
+from support.saving import save_model
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

@@ -211,7 +211,8 @@ def teach(folder, data, steps=400, length=32, seed=0):
     from methods.models import Settings, open_policy
     from methods.sft import sft_loss
     from rewards import prompt_for
-    from support.checkpoints import encode_prompts, save_weights
+    from support.checkpoints import encode_prompts
+    from support.saving import save_weights
     from support.data import load_examples
     cfg = Settings(task="gsm8k", model=str(folder), lr=2e-3, device="cpu")
     policy, tokenizer = open_policy(cfg, train=True)

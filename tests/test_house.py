@@ -170,7 +170,12 @@ print(json.dumps({"held": held, "early": early, "missing": missing}))
 
 
 # ----------------------------------------------------------------------------------------- sizes
-@pytest.mark.parametrize("name, most", [("agrpo.py", 600), ("rewards.py", 500), ("eval.py", 400)])
+ROOMS = [(str(p.relative_to(ROOT)), most) for folder, most in (("methods", 250), ("support", 350))
+         for p in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("name, most", [
+    ("agrpo.py", 600), ("rewards.py", 500), ("eval.py", 400), *ROOMS])
 def test_files_are_short(name, most):
     lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
     assert lines <= most, f"{name} has {lines} lines"

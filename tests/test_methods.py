@@ -20,7 +20,7 @@ import eval as evaluation
 import methods.models
 from eval import lengths, open_policy, parse, settle
 from methods import caches, diffpo, diffu_grpo, dipo, join, rows_of, scored, sft, tracerl
-from support import checkpoints, cost, options
+from support import checkpoints, cost, options, saving
 
 CFG = dataclasses.replace(NEUTRAL, position_term="off")
 BLOCKS = dataclasses.replace(CFG, model="tiny-block", completion_length=20, block_length=4,
@@ -547,8 +547,8 @@ def test_trained_on_from_an_adapter_the_reference_is_that_adapter(tmp_path):
     policy, tokenizer = open_policy(cfg, train=True)
     for name, p in policy.named_parameters():
         p.data.add_(0.1 * ("lora_B" in name))
-    checkpoints.save_model(tmp_path / "adapter", policy.model, tokenizer, dataclasses.asdict(cfg),
-                           policy.source, policy.base)
+    saving.save_model(tmp_path / "adapter", policy.model, tokenizer, dataclasses.asdict(cfg),
+                      policy.source, policy.base)
     for rank in (4, 0):
         again = dataclasses.replace(cfg, model=str(tmp_path / "adapter"), lora_rank=rank)
         policy, _ = open_policy(again, train=True)
@@ -710,8 +710,8 @@ def test_the_value_model_learns_what_states_expect_and_leaves_the_policy_alone(k
         tight = policy.value.loss(traj, views, torch.zeros_like(old), returns, 1e-3)
     assert float(tight.detach()) > losses[-1]
     if kind == "adapters":
-        checkpoints.save_model(tmp_path / "saved", policy.model, tokenizer,
-                               dataclasses.asdict(cfg), policy.source, policy.base)
+        saving.save_model(tmp_path / "saved", policy.model, tokenizer,
+                          dataclasses.asdict(cfg), policy.source, policy.base)
         assert not (tmp_path / "saved" / "value").exists()
         back, _ = open_policy(dataclasses.replace(cfg, model=str(tmp_path / "saved")))
         assert torch.allclose(logp_of(back, traj, views, cfg), logp, atol=1e-5)

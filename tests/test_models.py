@@ -16,7 +16,7 @@ import eval as evaluation
 from methods import models, sft
 from methods.dipo import BlockPolicy
 from rewards import BadInput
-from support import checkpoints, cost, options
+from support import checkpoints, cost, options, rules
 from tools import Settings, load, save, train_step
 
 CFG = Settings(task="gsm8k", completion_length=8, block_length=4, steps=4, prompts=2, completions=4)
@@ -562,7 +562,7 @@ def test_report_to_hands_every_row_to_the_tracker(job, monkeypatch):
     import accelerate
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Fake)
-    monkeypatch.setattr(options, "find_spec", lambda name: True)
+    monkeypatch.setattr(rules, "find_spec", lambda name: True)
     monkeypatch.setattr(
         accelerate.accelerator, "filter_trackers",
         lambda log_with, *rest: [log_with] if isinstance(log_with, str) else log_with)

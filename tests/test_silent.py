@@ -12,6 +12,7 @@ from test_methods import (BLOCKS, BY_THRESHOLD, CFG, controlled, moved, ragged, 
 from toy import Watched, prompts, tiny
 
 import agrpo
+import eval as evaluation
 from methods import diffpo, samplers, sft, tracerl
 from support import options
 
@@ -136,6 +137,14 @@ def test_the_reference_old_is_the_policy_before_each_update(monkeypatch):
         step_of(cfg, policy, tokenizer, step=step)
         same.append(any(torch.equal(p, was) for p, was in policy.reference.kept))
     assert same == [True, False, True, False]
+
+
+def test_the_reference_old_goes_with_a_controller_too():
+    cfg = dataclasses.replace(CFG, kl=0.5, kl_reference="old", controller="threshold")
+    step = evaluation.method_of(cfg, None).train_step
+    assert step is not diffpo.controller_step and "kept_each_step" in step.__qualname__
+    assert evaluation.method_of(dataclasses.replace(cfg, kl=0.0), None).train_step is (
+        diffpo.controller_step)
 
 
 @pytest.mark.parametrize("score", samplers.ORDER_SCORE)

@@ -20,7 +20,7 @@ import agrpo
 import eval as evaluation
 from methods import models, sft
 from rewards import TASKS, BadInput, grade, reward_parts, try_task
-from support import checkpoints, options, runs
+from support import checkpoints, files, options, rules, runs
 from support import tiny as tiny_models
 from support.data import load_split
 from tools import Settings, exact_loss, load, train_step
@@ -409,7 +409,7 @@ def test_the_official_preset_is_the_published_estimator_and_flags_win(here, quic
     # the preset is remembered
     assert agrpo.main(["--name", "sudoku-official-seed0", "--resume", "--max-steps", "3"]) == 0
     assert (
-        runs.read_json(Path("runs/sudoku-official-seed0/config.json"))["timesteps"]
+        files.read_json(Path("runs/sudoku-official-seed0/config.json"))["timesteps"]
         == "low_discrepancy"
     )
 
@@ -652,7 +652,7 @@ ACT = [["--mc-steps", "8"], ["--method", "exact", "--inner-epochs", "2", "--clip
        ["--unmasking", "entropy_bound", "--entropy-bound", "1"],
        ["--overlong-penalty", "1", "--overlong-from", "0.5"],
        ["--cache", "dual", "--importance-cap", "3"], ["--alpha", "1", "--controller", "entropy"]]
-ACTING_WITH = [(name, words) for names, words, *_ in options.GOES_WITH for name in names.split()]
+ACTING_WITH = [(name, words) for names, words, *_ in rules.GOES_WITH for name in names.split()]
 
 
 @pytest.mark.parametrize("name, words", ACTING_WITH)

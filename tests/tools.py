@@ -4,7 +4,7 @@ from pathlib import Path
 
 import agrpo
 from methods import models
-from support import checkpoints
+from support import saving
 
 Settings = models.Settings
 
@@ -18,8 +18,8 @@ def load(model, cfg=None, train=False):
 def save(policy, tokenizer, path, cfg):
     """Policy -> directory."""
     base = getattr(policy, "base", "")
-    checkpoints.save_model(Path(path), policy.model, tokenizer, dataclasses.asdict(cfg),
-                           getattr(policy, "source", None), base)
+    saving.save_model(Path(path), policy.model, tokenizer, dataclasses.asdict(cfg),
+                      getattr(policy, "source", None), base)
 
 
 def train_step(policy, tokenizer, optimizer, examples, step, cfg):
