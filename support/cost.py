@@ -95,7 +95,7 @@ def states_scored(cfg) -> float:
 def matmul_rate(device: str) -> float:
     """Operations per second of a large matrix product: bfloat16 on a GPU, float32 else."""
     n, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
-    a = torch.ones(n, n, dtype=dtype, device=device)
+    a = torch.randn(n, n, dtype=dtype, device=device)     # zeros or ones would be faster
     seconds = timeit.repeat(lambda: float((a @ a)[0, 0]), number=1)        # float waits for it
     return 2 * n**3 / min(seconds)
 

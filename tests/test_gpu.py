@@ -23,6 +23,6 @@ def test_every_part_passes_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     figures = json.loads((tmp_path / "gpu.json").read_text())["figures"]
     assert {row["part"] for row in figures} == {
-        "same", "caches", "steps", "runs", "large", "compile"}
+        "same", "caches", "steps", "runs", "families", "large", "compile"}
     assert sum(row["verdict"] == "pass" for row in figures) > 50
     assert len((tmp_path / "gpu.csv").read_text().splitlines()) == len(figures) + 1

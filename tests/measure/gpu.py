@@ -6,9 +6,10 @@
     same      rollouts on the GPU are the CPU's; log-probs scored again are those recorded
     caches    caches, packed pass, FlexAttention and left padding against the plain forward
     steps     the gradient of one step of every method against the CPU's
-    runs      python agrpo.py, whole and resumed
+    families  python agrpo.py, two steps on small checkpoints of each published family; eval.py
     large     one RL step at the shapes of LLaDA-8B, SDAR-1.7B and Qwen3-0.6B with random weights
-    compile   the first of these under torch.compile
+    runs      python agrpo.py, whole and resumed
+    compile   the smallest of these and the first under torch.compile
 
 Each part is caught and reported apart. Figures are printed as they come, and stand in gpu.json and
 gpu.csv of the folder ($OUT, or this one) after each. The last lines are a table. Exit code 1: a
@@ -32,9 +33,10 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure"), str(ROOT / "tests")]
 import agrpo  # noqa: E402
 import bench  # noqa: E402
+import checkpoints as written  # noqa: E402
 import eval as evaluation  # noqa: E402
 from methods import caches, dipo, scored  # noqa: E402
 from methods.models import Settings, generate, settle  # noqa: E402
@@ -68,8 +70,11 @@ class Report:
 def arithmetic(kind: str):
     """Within `with`, policies compute in float32 or bfloat16, on whatever device."""
     autocast = torch.autocast
-    with mock.patch.object(torch, "autocast", lambda device, dtype, enabled: autocast(
-            device, dtype, enabled=kind == "bfloat16")):
+
+    def ours(*given, **rest):          # agrpo's is the one that names bfloat16
+        rest |= {"enabled": kind == "bfloat16"} if torch.bfloat16 in given else {}
+        return autocast(*given, **rest)
+    with mock.patch.object(torch, "autocast", ours):
         yield
 
 def settings(**given):
@@ -247,18 +252,40 @@ def runs(report, device, small):
         for word in ("base", "trained"):
             report.figure(f"default run: solved, {word}", 100 * summary[word]["solved"], "%")
 
+def families(report, device, small):
+    """Published layouts, small: log-probs of the opened model, two steps, an evaluation."""
+    sizes = {"task": "countdown", "device": device, "prompts": 2, "completions": 4, "max_steps": 2,
+             "completion_length": 32, "block_length": 8, "steps": 16, "mc_steps": 2, "warmup": 0,
+             "lora_rank": 4, "kl": 0.04, "eval_examples": 4, "eval_steps": "16", "eval_every": 0}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), \
+            mock.patch.dict(os.environ, {"AGRPO_CACHE": f"{folder}/cache"}):
+        for family in ("llada", "Dream", "sdar", "a2d-qwen3"):
+            weights, config = written.write_checkpoint(family, family, heads=4, kv=4)
+            own = {"block_length": 4, "cache": "block"} if family == "sdar" else {}
+            actions = {"resume": False, "overwrite": False, "rebuild_base": False}
+            cfg = settle({**sizes, **own, "model": f"./{family}", "name": family})
+            code = evaluation.run_training(cfg, agrpo.train, actions)
+            log = list(csv.DictReader(open(Path("runs") / family / "log.csv")))
+            report.figure(f"{family}: exit code of two steps", code, most=0)
+            report.figure(f"{family}: skipped", sum(int(row["skipped"]) for row in log), most=0)
+            report.figure(f"{family}: mean ratio - 1", max(abs(float(row["ratio"]) - 1)
+                                                           for row in log), most=0.02)
+
 # ------------------------------------------------------------------------------------ large models
 SHAPES = {                             # vocabulary, width, inner, layers, heads, of keys, tied
     "LLaDA-8B": (126464, 4096, 12288, 32, 32, 32, False),
     "SDAR-1.7B": (151936, 2048, 6144, 28, 16, 8, True),
     "Qwen3-0.6B": (151936, 1024, 3072, 28, 16, 8, True)}
-LARGE = (                              # shape, block of its attention, what the command line gets
-    ("LLaDA-8B", 0, {"preset": "24gb"}),
-    ("LLaDA-8B", 0, {"preset": "24gb", "cache": "dual"}),
-    ("SDAR-1.7B", 4, {"preset": "80gb", "cache": "block"}),
-    ("Qwen3-0.6B", 4, {"preset": "80gb", "cache": "block"}),
-    ("LLaDA-8B", 0, {"preset": "80gb"}),
-    ("LLaDA-8B", 0, {"preset": "official"}))
+SIZES = {"prompts": 8, "completions": 8, "completion_length": 256, "mc_steps": 4}
+LLADA, BLOCKS = {"block_length": 32, "steps": 64}, {"block_length": 4, "steps": 128}
+LARGE = {                              # shape, block of its attention, its sizes beside SIZES
+    "8B": ("LLaDA-8B", 0, LLADA), "8B, dual cache": ("LLaDA-8B", 0, LLADA | {"cache": "dual"}),
+    "1.7B, block cache": ("SDAR-1.7B", 4, BLOCKS | {"cache": "block"}),
+    "0.6B, block cache": ("Qwen3-0.6B", 4, BLOCKS | {"cache": "block"}),
+    "8B, 8 rows": ("LLaDA-8B", 0, LLADA | {"prompts": 1, "preset": "24gb"}),
+    "8B, official, 8 rows": ("LLaDA-8B", 0, {
+        "preset": "official", "prompts": 1, "completion_length": 384, "mc_steps": 24,
+        "block_length": 12, "steps": 32})}                     # of 128
 MASK, EOS, PROMPT = 5, 6, 200
 
 def stock_config(name: str, small: bool):
@@ -289,15 +316,12 @@ def large_policy(config, block: int, cfg, device: str):
     policy.flex = device != "cpu"
     return policy
 
-def one_group(config, block, given, small):
-    """Settings of a step whose rollout is one batch: the prompts that fill it."""
-    cfg = settle({"task": "gsm8k", "model": "random/weights", "device": "cpu", **given})
-    cfg = dataclasses.replace(cfg, gradient_checkpointing="off" if given["preset"] == "80gb" else
-                              "on", prompts=max(1, cfg.rollout_batch // cfg.completions))
-    if block:
-        cfg = dataclasses.replace(cfg, block_length=block, steps=cfg.completion_length)
-    if cfg.prompts > 1:                # as large, but shorter
-        cfg = dataclasses.replace(cfg, steps=cfg.completion_length // cfg.block_length, mc_steps=3)
+def settings_of(block, given, small):
+    """Settings of a step at these sizes."""
+    given = SIZES | given
+    cfg = settle({"task": "gsm8k", "model": "random/weights", "device": "cpu", "preset": "80gb",
+                  **given})
+    cfg = dataclasses.replace(cfg, gradient_checkpointing="off" if cfg.preset == "80gb" else "on")
     if small:
         cfg = dataclasses.replace(cfg, prompts=1, completions=2, completion_length=24, steps=6,
                                   block_length=block or 12, mc_steps=2, lora_rank=4, top_k=50)
@@ -341,15 +365,15 @@ def free(device):
         torch.cuda.empty_cache()
 
 def large(report, device, small):
-    """One RL step of every shape and preset; the plain recipe's first steps beside the first."""
+    """One RL step of every shape; the plain recipe's first steps beside that of 8 rows."""
     report.figure("matmul rate", cost.matmul_rate(device) / 1e12, "TFLOP/s")
-    for i, (shape, block, given) in enumerate(LARGE):
-        cfg, config = one_group(shape, block, given, small), stock_config(shape, small)
-        name = f"{shape} {' '.join(given.values())}"
+    for name, (shape, block, given) in LARGE.items():
         try:
+            cfg, config = settings_of(block, given, small), stock_config(shape, small)
             policy = large_policy(config, block, cfg, device)
+            profile(report, name, policy, cfg, device)
             one_step(report, name, policy, config, cfg, device)
-            if i == 0:
+            if cfg.prompts == 1 and cfg.preset != "official":
                 plain(report, name, policy, cfg, device)
         except Exception as error:
             report.add(f"{name}: {first_line(error)}", "", verdict="FAIL")
@@ -357,6 +381,32 @@ def large(report, device, small):
         policy = None
         free(device)
         report.check_time()
+
+def profile(report, name, policy, cfg, device):
+    """The first two blocks of a rollout: operators and seconds a denoiser call, share of the time
+    that the GPU works; the most expensive operators to profile.txt."""
+    cfg = dataclasses.replace(cfg, completion_length=2 * cfg.block_length, steps=4)
+    sample = rolled(agrpo.rollout if cfg.cache == "none" else caches.cached_rollout)
+    batch = [{}] * cfg.prompts * cfg.completions, [("a", i) for i in range(
+        cfg.prompts * cfg.completions)], cfg
+    sample(policy, *batch)
+    clock = time.perf_counter()
+    traj = sample(policy, *batch)[0]
+    calls, seconds = int(traj.nfe.max()), time.perf_counter() - clock
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    with torch.profiler.profile(activities=kinds) as profiler:
+        sample(policy, *batch)
+    table = profiler.key_averages()
+    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    busy = sum(getattr(row, own) for row in table if not row.key.startswith("aten::")
+               or device == "cpu") / 1e6
+    operators = sum(row.count for row in table if row.key.startswith("aten::"))
+    report.figure(f"{name}: a denoiser call", 1e3 * seconds / calls, "ms")
+    report.figure(f"{name}: operators a call", operators / calls)
+    report.figure(f"{name}: the device works", 100 * busy / seconds, "%")
+    with open(report.folder / "profile.txt", "a") as f:
+        print(f"{name}, {calls} calls\n{table.table(sort_by=own, row_limit=25)}", file=f)
 
 def plain(report, name, policy, cfg, device):
     """Seconds that the recipe as it is often written takes: its first steps, times their number."""
@@ -370,19 +420,25 @@ def plain(report, name, policy, cfg, device):
     report.figure(f"{name}: rollout, plain recipe", seconds, "s")
 
 def compiled(report, device, small):
-    """The first large shape under torch.compile: the second step of two."""
-    shape, block, given = LARGE[0]
-    cfg, config = one_group(shape, block, given, small), stock_config(shape, small)
-    policy = large_policy(config, block, cfg, device)
-    decoder = policy.model.get_decoder()
-    decoder.forward = torch.compile(decoder.forward, dynamic=True,
-                                    backend="eager" if small else "inductor")
-    clock = time.perf_counter()
-    short = dataclasses.replace(cfg, steps=cfg.completion_length // cfg.block_length, mc_steps=1)
-    step = [policy, agrpo.make_optimizer(policy, cfg), [{}] * cfg.prompts, 0]
-    agrpo.train_step(*step, short, rolled(agrpo.rollout))
-    report.figure("compiled: a first, short step", time.perf_counter() - clock, "s")
-    one_step(report, "compiled", policy, config, cfg, device)
+    """Large shapes under torch.compile, as --compile on: a short step, then one as above."""
+    for name in ("0.6B, block cache", "8B, 8 rows"):
+        shape, block, given = LARGE[name]
+        cfg, config = settings_of(block, given, small), stock_config(shape, small)
+        policy = large_policy(config, block, cfg, device)
+        decoder = policy.model.get_decoder()
+        decoder.forward = torch.compile(decoder.forward, dynamic=True,
+                                        backend="eager" if small else "inductor")
+        clock = time.perf_counter()
+        short = dataclasses.replace(cfg, steps=cfg.completion_length // cfg.block_length,
+                                    mc_steps=1)
+        roll = agrpo.rollout if cfg.cache == "none" else caches.cached_rollout
+        step = [policy, agrpo.make_optimizer(policy, cfg), [{}] * cfg.prompts, 0]
+        agrpo.train_step(*step, short, rolled(roll))
+        report.figure(f"{name}, compiled: a first, short step", time.perf_counter() - clock, "s")
+        one_step(report, f"{name}, compiled", policy, config, cfg, device)
+        policy = decoder = step = None
+        free(device)
+        report.check_time()
 
 def first_line(error) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150]
@@ -390,8 +446,8 @@ def first_line(error) -> str:
 class OutOfTime(Exception):
     """The minutes are over."""
 
-PARTS = {"same": same, "caches": cached_or_not, "steps": steps, "runs": runs, "large": large,
-         "compile": compiled}
+PARTS = {"same": same, "caches": cached_or_not, "steps": steps, "families": families,
+         "large": large, "runs": runs, "compile": compiled}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
