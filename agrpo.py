@@ -98,10 +98,10 @@ class Policy(torch.nn.Module):
         return self.decode(ids, everyone, positions)[:, -1 - state.shape[1]:]
 
     def decode(self, ids, sees, positions, **rest) -> Tensor:
-        """The model without its head: (N, S, width)."""
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            return self.model.get_decoder()(input_ids=ids, attention_mask=sees,
-                                            position_ids=positions, **rest).last_hidden_state
+        """The model without its head: (N, S, width). On a GPU float32 weights meet bfloat16."""
+        decoder, mixed = self.model.get_decoder(), ids.is_cuda and self.model.dtype == torch.float32
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
+            return decoder(input_ids=ids, attention_mask=sees, position_ids=positions, **rest)[0]
 
     def blocks(self, prompt_mask, C: int, L: int) -> Tensor:
         """(N, C) the block of each position; C: it is EOS from the start."""

@@ -61,13 +61,12 @@ class CachedPolicy:
         """What a layer calls: stores its keys and values (n, heads, w, size) of `columns` (n, w),
         returns those of all columns."""
         if layer not in self.kept:
-            self.kept[layer] = [x.new_zeros(self.N, x.shape[1], self.width, x.shape[3])
+            self.kept[layer] = [x.new_zeros(self.N, self.width, x.shape[1], x.shape[3])
                                 for x in (key, value)]
         for kept, new in zip(self.kept[layer], (key, value)):
-            heads = torch.arange(kept.shape[1], device=kept.device)[:, None]
-            kept.index_put_((self.now[:, None, None], heads, self.columns[:, None]), new)
+            kept[self.at] = new.transpose(1, 2)
         whole = len(self.now) == self.N
-        return [kept if whole else kept[self.now] for kept in self.kept[layer]]
+        return [(kept if whole else kept[self.now]).transpose(1, 2) for kept in self.kept[layer]]
 
     def get_seq_length(self, *_):
         return 0                                               # positions are given
@@ -82,7 +81,8 @@ class CachedPolicy:
 
         def compute(columns, at=slice(None)):
             """columns (m, w), of the rows `at` -> (m, S, width)"""
-            self.columns, self.now, there = columns, self.rows[at], real[at][:, None]
+            self.now, there = self.rows[at], real[at][:, None]
+            self.at = self.now[:, None], columns
             if size:
                 own = block[at].gather(1, columns)[:, :, None]
                 there = there & real[at].gather(1, columns)[:, :, None]

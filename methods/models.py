@@ -81,6 +81,13 @@ def tiny_base(cfg, device: str, rebuild: bool = False) -> str:
         return net
     return tiny.base_folder(cfg, block, make, rebuild)
 
+def compile_layers(net, backend="inductor"):
+    """--compile on: one graph for all layers; the whole model's takes many minutes to make."""
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # a layer's number makes no new graph
+    caches.CachedPolicy.update = torch.compiler.disable(caches.CachedPolicy.update)
+    for layer in net.get_decoder().layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+
 def open_policy(cfg, train=False, rebuild=False) -> tuple:
     """cfg.model -> policy, tokenizer, on their device. Raises BadInput, FloatingPointError."""
     device = options.device_for(cfg)
@@ -89,8 +96,7 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
     if not all(bool(p.isfinite().all()) for p in net.parameters()):
         raise FloatingPointError(f"--model {cfg.model}: not all of its weights are finite numbers")
     if cfg.compile == "on":
-        decoder = net.get_decoder()
-        decoder.forward = torch.compile(decoder.forward, dynamic=True)
+        compile_layers(net)
     policy = policy_of(net, about.mask_id, tokenizer.eos_token_id, about.family.shift, about.block)
     policy.flex, policy.turn_id = device != "cpu", checkpoints.end_of_turn(tokenizer)
     policy.source, policy.base = about.folder, about.base

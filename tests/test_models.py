@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import agrpo
 import eval as evaluation
-from methods import models, sft
+from methods import caches, models, sft
 from methods.dipo import BlockPolicy
 from rewards import BadInput
 from support import checkpoints, cost, options, rules
@@ -674,6 +674,59 @@ def test_the_precision_of_a_gpu_trains_too(job, monkeypatch):
             and row["grad_norm"] > 0
             and row["ratio"] == pytest.approx(1, abs=0.05)
         )
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_lean_adapters_and_norms_compute_what_the_libraries_do(tmp_path, monkeypatch, family):
+    """Values and gradients to 1e-5, with an adapter that has an effect, without, with another."""
+    write_checkpoint(tmp_path / "m", family)
+    prompt, state = torch.arange(24).view(2, 12) + 30, torch.arange(16).view(2, 8) + 60
+    found = []
+    for lean in (checkpoints.lean, lambda net: None):
+        monkeypatch.setattr(checkpoints, "lean", lean)
+        policy, _ = load(tmp_path / "m", dataclasses.replace(CFG, lora_rank=4), train=True)
+        g = torch.Generator().manual_seed(0)
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.data = 0.3 * torch.randn(p.shape, generator=g)
+
+        def logp():
+            logits = policy.logits(prompt, torch.ones_like(prompt), state, state >= 0)
+            return logits.log_softmax(-1)
+        trained = logp()
+        trained.nan_to_num(neginf=0).square().mean().backward()
+        grads = [p.grad for p in policy.parameters() if p.requires_grad]
+        with policy.model.disable_adapter():
+            without = logp()
+        checkpoints.add_adapter(policy.model, 4, 8.0, 1, "value")
+        policy.model.set_adapter("value")                      # at first without effect
+        assert torch.allclose(logp(), without, atol=1e-6)
+        policy.model.set_adapter("default")
+        found.append([trained.detach(), without.detach(), *grads])
+        assert (trained - without).nan_to_num().abs().max() > 0.1
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_layers_give_the_same_rollouts_from_a_few_graphs(tmp_path):
+    """--compile on, with and without a cache: one graph for all six layers, not six."""
+    import torch._dynamo as dynamo
+    write_checkpoint(tmp_path / "m", "sdar", layers=6)
+    prompt = torch.arange(36).view(3, 12) + 30
+    for cache in ("none", "block"):
+        cfg = dataclasses.replace(CFG, cache=cache)
+        roll = caches.cached_rollout if cache == "block" else agrpo.rollout
+        found = []
+        for compiled in (False, True):
+            dynamo.reset()
+            dynamo.utils.counters.clear()
+            policy, _ = load(tmp_path / "m", cfg)
+            if compiled:
+                models.compile_layers(policy.model, backend="eager")
+            found.append(roll(policy, prompt, torch.ones_like(prompt), cfg, list("abc")))
+        assert torch.equal(found[0].tokens, found[1].tokens)
+        assert torch.allclose(found[0].logp, found[1].logp, atol=1e-5)
+        assert 1 <= dynamo.utils.counters["stats"]["unique_graphs"] <= 5
 
 
 def test_a_mask_token_that_only_its_name_tells_is_found(tmp_path):

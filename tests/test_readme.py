@@ -259,6 +259,6 @@ def test_flags_exist(capsys):
     for tool in (agrpo, evaluation):
         with pytest.raises(SystemExit):
             tool.main(["--help-all"])
-    known = {"--all", "--small"} | set(flag.findall(capsys.readouterr().out))
+    known = {"--all", "--small", "--minutes"} | set(flag.findall(capsys.readouterr().out))
     for page in tables.PAGES:
         assert set(flag.findall(page.read_text())) <= known

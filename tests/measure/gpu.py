@@ -20,6 +20,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -39,7 +40,7 @@ import bench  # noqa: E402
 import checkpoints as written  # noqa: E402
 import eval as evaluation  # noqa: E402
 from methods import caches, dipo, scored  # noqa: E402
-from methods.models import Settings, generate, settle  # noqa: E402
+from methods.models import Settings, compile_layers, generate, settle  # noqa: E402
 from support import checkpoints, cost, data, tiny  # noqa: E402
 
 class Report:
@@ -259,9 +260,10 @@ def families(report, device, small):
              "lora_rank": 4, "kl": 0.04, "eval_examples": 4, "eval_steps": "16", "eval_every": 0}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), \
             mock.patch.dict(os.environ, {"AGRPO_CACHE": f"{folder}/cache"}):
-        for family in ("llada", "Dream", "sdar", "a2d-qwen3"):
-            weights, config = written.write_checkpoint(family, family, heads=4, kv=4)
-            own = {"block_length": 4, "cache": "block"} if family == "sdar" else {}
+        for family, own in {"llada": {}, "Dream": {}, "a2d-qwen3": {}, "sdar": {
+                "block_length": 4, "cache": "block", "method": "tracerl", "value_model": "on"},
+                }.items():
+            written.write_checkpoint(family, family, heads=4, kv=4)
             actions = {"resume": False, "overwrite": False, "rebuild_base": False}
             cfg = settle({**sizes, **own, "model": f"./{family}", "name": family})
             code = evaluation.run_training(cfg, agrpo.train, actions)
@@ -300,7 +302,7 @@ def stock_config(name: str, small: bool):
                 max_position_embeddings=4096, pad_token_id=None, use_cache=False, is_causal=False,
                 **own)
 
-def large_policy(config, block: int, cfg, device: str):
+def large_policy(config, block: int, cfg, device: str, lean=True):
     """Random bfloat16 weights made on the device, with adapters."""
     kind = transformers.AutoModelForCausalLM.from_config
     torch.manual_seed(0)
@@ -310,7 +312,10 @@ def large_policy(config, block: int, cfg, device: str):
         net.get_output_embeddings().float()                    # as a checkpoint is loaded
     net = checkpoints.add_adapter(net, cfg.lora_rank, cfg.lora_alpha, 0).to(device)
     if cfg.gradient_checkpointing == "on":
-        checkpoints.computed_again(net)
+        for layer in net.get_decoder().layers:
+            layer.forward = checkpoints.computed_again(layer)
+    if lean:
+        checkpoints.lean(net)
     policy = dipo.BlockPolicy(net, MASK, EOS, block=block) if block else \
         agrpo.Policy(net, MASK, EOS)
     policy.flex = device != "cpu"
@@ -361,6 +366,7 @@ def one_step(report, name, policy, config, cfg, device):
     report.figure(f"{name}: peak memory, forecast", forecast["total"], "GB")
 
 def free(device):
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
@@ -399,8 +405,8 @@ def profile(report, name, policy, cfg, device):
         sample(policy, *batch)
     table = profiler.key_averages()
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    busy = sum(getattr(row, own) for row in table if not row.key.startswith("aten::")
-               or device == "cpu") / 1e6
+    busy = sum(getattr(row, own) for row in table if device == "cpu" or not (
+        row.key.startswith("aten::") or row.key == "Command Buffer Full")) / 1e6   # kernels
     operators = sum(row.count for row in table if row.key.startswith("aten::"))
     report.figure(f"{name}: a denoiser call", 1e3 * seconds / calls, "ms")
     report.figure(f"{name}: operators a call", operators / calls)
@@ -420,23 +426,22 @@ def plain(report, name, policy, cfg, device):
     report.figure(f"{name}: rollout, plain recipe", seconds, "s")
 
 def compiled(report, device, small):
-    """Large shapes under torch.compile, as --compile on: a short step, then one as above."""
+    """Large shapes under torch.compile, as --compile on: short ones first, then a step as above."""
     for name in ("0.6B, block cache", "8B, 8 rows"):
         shape, block, given = LARGE[name]
         cfg, config = settings_of(block, given, small), stock_config(shape, small)
         policy = large_policy(config, block, cfg, device)
-        decoder = policy.model.get_decoder()
-        decoder.forward = torch.compile(decoder.forward, dynamic=True,
-                                        backend="eager" if small else "inductor")
+        compile_layers(policy.model, "eager" if small else "inductor")
         clock = time.perf_counter()
-        short = dataclasses.replace(cfg, steps=cfg.completion_length // cfg.block_length,
+        profile(report, f"{name}, compiled", policy, cfg, device)
+        report.figure(f"{name}, compiled: first rollouts", time.perf_counter() - clock, "s")
+        short = dataclasses.replace(cfg, completion_length=2 * cfg.block_length, steps=4,
                                     mc_steps=1)
-        roll = agrpo.rollout if cfg.cache == "none" else caches.cached_rollout
-        step = [policy, agrpo.make_optimizer(policy, cfg), [{}] * cfg.prompts, 0]
-        agrpo.train_step(*step, short, rolled(roll))
+        clock = time.perf_counter()
+        one_step(mock.Mock(), "", policy, config, short, device)
         report.figure(f"{name}, compiled: a first, short step", time.perf_counter() - clock, "s")
         one_step(report, f"{name}, compiled", policy, config, cfg, device)
-        policy = decoder = step = None
+        policy = None
         free(device)
         report.check_time()
 
