@@ -97,7 +97,7 @@ def test_a_cached_rollout_records_the_log_probs_of_the_librarys_own_cache(kind):
 @pytest.mark.parametrize("unmasking", ["low_confidence", "threshold"])
 def test_rows_that_stand_at_different_blocks_do_not_mind_one_another(kind, unmasking):
     policy, (prompt, mask) = sharp(), prompts(7, 5, 1, 6)
-    policy.eos_id = 9                  # some rows finish early
+    policy.eos_id, policy.turn_id = 6, 7                       # some rows finish early
     cfg = dataclasses.replace(CFG, cache=kind, unmasking=unmasking, threshold=0.2, steps=12)
     traj = cached_rollout(policy, cfg, 7, 5, 1, 6)
     assert unmasking == "low_confidence" or len(traj.nfe.unique()) > 1
@@ -331,6 +331,7 @@ def test_steps_that_were_certain_cost_no_pass_and_change_no_gradient(method):
 
 def test_passes_fill_their_tokens_with_the_longest_prompts_first():
     policy, (prompt, mask) = sharp(), prompts(9, 3, 7, 5, 8)
+    policy.eos_id = policy.turn_id = -1                        # no row finishes early
     traj = agrpo.rollout(policy, prompt, mask, CFG, [(i,) for i in range(5)])
     views = agrpo.exact_views(traj, None, CFG, policy.mask_id, None)
 
