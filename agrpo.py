@@ -285,7 +285,7 @@ def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, count=None) ->
             traj.order_logp[rows, t] = log_choice.double()
             traj.gradient[:, t].index_add_(0, rows[row], size.double())
         traj.nfe[rows] += 1
-        ends = block & ((tokens == eos_id) | (tokens == policy.turn_id))[rows]
+        ends = block & ((tokens == eos_id) | (tokens == getattr(policy, "turn_id", eos_id)))[rows]
         ended = rows[ends.any(1) & ~(open_ & (rank < 0)).any(1)]
         tokens[ended] = tokens[ended].masked_fill(tokens[ended] == mask_id, eos_id)    # no loss
         del law                                                # before the next logits are made

@@ -35,7 +35,8 @@ class CachedPolicy:
     def __init__(self, policy, kind: str, N: int, block_length: int):
         self.policy, self.kind, self.N, self.block_length = policy, kind, N, block_length
         self.mask_id, self.blocks = policy.mask_id, policy.blocks
-        self.eos_id, self.turn_id = policy.eos_id, policy.turn_id
+        self.eos_id = policy.eos_id
+        self.turn_id = getattr(policy, "turn_id", policy.eos_id)
         self.block, self.kept = getattr(policy, "block", 0), {}    # layer -> keys, values
         self.came_to = torch.full((N,), -1)                    # the block at which a row was whole
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from rewards import TASKS, BadInput, grade
 from support.files import need, refusing, write_atomically
+from support.processes import say
 from support.runs import percent, table
 
 HEADER = '{"settings": '               # how the first line of our files begins
@@ -49,9 +50,9 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
     return [] if overwrite else rows
 
 @contextlib.contextmanager
-def locked_completions(path: Path, settings: dict, overwrite: bool):
-    """The rows of `open_completions` and the file to append to, for one process at a time. Raises
-    BadInput."""
+def locked_completions(path: Path, settings: dict, overwrite: bool, made: dict):
+    """The rows of `open_completions` and the file to append to, for one process at a time; a new
+    one begins with the settings and `made` (files.provenance). Raises BadInput."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as f:
         try:
@@ -61,8 +62,14 @@ def locked_completions(path: Path, settings: dict, overwrite: bool):
         rows = open_completions(path, settings, overwrite)
         f.truncate(path.read_bytes().rfind(b"\n") + 1 if rows else 0)      # whole lines
         if not rows:
-            f.write(json.dumps({"settings": settings}) + "\n")
+            f.write(json.dumps({"settings": settings, "made": made}) + "\n")
         f.flush()
+        with open(path, encoding="utf-8") as begun:
+            was = json.loads(begun.readline()).get("made", made)
+        other = [f"{was.get(k)} -> {made[k]}" for k in ("device", "dtype", "torch", "transformers")
+                 if was.get(k) != made[k]]
+        if other:
+            say(f"note: {path} was begun with another device or version: {', '.join(other)}")
         yield rows, f
 
 def wilson(solved: int, n: int, z: float = 1.96) -> list[float]:
