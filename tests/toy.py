@@ -110,6 +110,8 @@ def ways(rule, open_, plain, n, cfg):
     if rule == "random":
         drawn = list(itertools.permutations(open_, min(n, len(open_))))
         return [(order, 1 / len(drawn)) for order in drawn]
+    if rule == "left_to_right":
+        return [(tuple(open_[:n]), 1)]
     if rule == "confidence":
         return [(tuple(best(score)[:n]), 1)]
     if rule == "threshold":
