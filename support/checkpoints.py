@@ -114,7 +114,7 @@ def set_template_args(tokenizer, text: str):
     """What --template-args adds to the family's own arguments; "": nothing. Raises BadInput for
     what the chat template does not read."""
     reads, given = str(tokenizer.chat_template or ""), read_template_args(text)
-    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    own = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
     for name in given:
         need(name not in own and re.search(rf"\b{name}\b", reads),
              f"--template-args {name}: the model's chat template does not read it" if reads else
