@@ -264,7 +264,9 @@ def lean(net):
 def adapted(self, x):
     """One adapter, unmerged, without dropout; whatever else there is, is peft's own to compute."""
     active = [name for name in self.active_adapters if name in self.lora_A]
-    if self.disable_adapters or self.merged or len(active) != 1:
+    plain = len(active) == 1 and active[0] not in self.lora_variant and (      # no DoRA
+        self.lora_B[active[0]].bias is None)
+    if self.disable_adapters or self.merged or not plain:
         return type(self).forward(self, x)
     A, B = (part[active[0]].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
     y, low = self.base_layer(x), torch.nn.functional.linear(x, A)

@@ -39,7 +39,7 @@ class Run:
     name: str = ""                     # of the folder runs/NAME; default: TASK-METHOD-seedSEED
     prompt: str = ""                   # bare, agrpo, d1; default: as trained here, else agrpo
     system_prompt: str = ""            # instructions in place of the prompt's own
-    template_args: str = ""            # of the chat template: enable_thinking=true; none; as usual
+    template_args: str = ""            # of its chat template: enable_thinking=true, or none
     rollout_batch: int = 256           # completions denoised at once: memory, never the gradient
     save_every: int = 1                # steps between checkpoints
     eval_every: int = 20               # steps between points of the held-out curve; 0: off

@@ -1121,6 +1121,28 @@ def test_an_adapter_on_the_published_head_is_renamed_too(tmp_path):
     assert torch.allclose(heads[1], heads[0] + 4 * z @ a.T @ b.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}],
+                         ids=str)
+def test_adapters_of_other_kinds_compute_what_peft_does(tmp_path, kind):
+    """DoRA's magnitudes, a bias, another scale."""
+    import peft
+    write_checkpoint(tmp_path / "model", "llada")
+    stock = checkpoints.load_model(checkpoints.read_checkpoint(tmp_path / "model"), torch.float32)
+    if "lora_bias" in kind:                                    # peft asks for biases of the layers
+        for layer in stock.model.layers:
+            layer.mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(48))
+    known = {"target_modules": ["up_proj"] if "lora_bias" in kind else ["q_proj", "up_proj"]}
+    net = peft.get_peft_model(stock, peft.LoraConfig(r=4, lora_alpha=8.0, **known, **kind))
+    for name, p in net.named_parameters():
+        if "lora_" in name:
+            p.data = p.data + 0.3 * torch.randn(p.shape)
+    ids = torch.arange(24).view(2, 12) + 30
+    with torch.no_grad():
+        peft_own = net(ids).logits
+        checkpoints.lean(net)
+        assert torch.allclose(net(ids).logits, peft_own, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", [{"rank_pattern": {"ff_out": 2}}, {"alpha_pattern": {"x": 2}},
                                     {"modules_to_save": ["wte"]}], ids=str)
 def test_what_cannot_be_renamed_in_an_adapter_is_one_line(here, config, capsys):
