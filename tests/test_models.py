@@ -942,12 +942,10 @@ def test_template_args_win_and_a_trained_model_and_an_evaluation_remember_them(h
     flags = ["--task", "gsm8k", "--data", "sums.jsonl", "--device", "cpu"]
     run = [*flags, "--model", "m", "--completion-length", "8", "--block-length", "8", "--steps",
            "8", "--eval-steps", "8", "--eval-examples", "2", "--max-steps", "0", "--lora-rank", "4"]
-    kept = {}
-    for text, recorded, end in (("", "enable_thinking=false", THOUGHT),
-                                ("enable_thinking=true", "enable_thinking=true", "assistant\n"),
-                                ("none", "none", "assistant\n"),
-                                ("enable_thinking=False", "enable_thinking=false", THOUGHT)):
-        name = f"x{len(kept)}"
+    for i, (text, recorded, end) in enumerate((
+            ("", "enable_thinking=false", THOUGHT), ("none", "none", "assistant\n"),
+            ("enable_thinking=true", "enable_thinking=true", "assistant\n"))):
+        name = f"x{i}"
         more = ["--template-args", text] if text else []
         assert agrpo.main([*run, "--name", name, *more]) == 0
         assert json.loads(Path(f"runs/{name}/model/agrpo.json").read_text())[
@@ -960,9 +958,8 @@ def test_template_args_win_and_a_trained_model_and_an_evaluation_remember_them(h
         assert json.loads(Path(f"{name}.json").read_text())["settings"]["template_args"] == recorded
         code = evaluation.main([*look, "--template-args", "enable_thinking=true"])
         assert code == (0 if recorded == "enable_thinking=true" else 2)    # of another prompt
-        kept[name] = end
-    assert agrpo.main(["--name", "x1", "--resume"]) == 0
-    assert agrpo.main(["--name", "x1", "--resume", "--template-args", "none"]) == 2
+    assert agrpo.main(["--name", "x0", "--resume"]) == 0
+    assert agrpo.main(["--name", "x0", "--resume", "--template-args", "none"]) == 2
 
 
 def test_an_earlier_model_keeps_the_prompt_it_was_trained_with(tmp_path):
@@ -1041,7 +1038,6 @@ def test_a_base_model_runs_bare_and_is_fine_tuned_and_is_refused_otherwise(here,
     assert agrpo.main([*flags, "m", *shape, "--sft", "gold", "--name", "gold"]) == 0
     assert agrpo.main([*flags, "runs/gold", *shape, *small, "--name", "on"]) == 0    # as it learned
     assert json.loads(Path("runs/on/config.json").read_text())["prompt"] == "agrpo"
-    assert evaluation.main([*flags, "runs/gold", "--limit", "2"]) == 0
     capsys.readouterr()
     assert agrpo.main([*flags, "runs/gold", *shape, "--prompt", "d1", "--name", "no"]) == 2
     assert "no chat template" in capsys.readouterr().err
