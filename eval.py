@@ -134,7 +134,7 @@ def report_evaluation(task: str, name: str, about: dict, results: list[dict], ou
 # ------------------------------------------------------------------------- python eval.py
 SAMPLING = ("task", "model", "data", "prompt", "system_prompt", "seed", "device", "block_length",
             "unmasking", "cache", "temperature", "top_k", "top_p", "order_score", "tau_pos",
-            "threshold", "entropy_bound", "controller", "model_block", "quantize")
+            "threshold", "entropy_bound", "controller", "model_block", "quantize", "template_args")
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
@@ -188,7 +188,7 @@ def run(given: dict, flags) -> int:
     """Complete, grade, save, print: everything that `python eval.py` does with a model."""
     need(os.environ.get("WORLD_SIZE", "1") == "1", "an evaluation is one process: without torchrun")
     cfg, shapes = settings_of(given, flags)
-    usual = {"controller": "off", "cache": "none"}
+    usual = {"controller": "off", "cache": "none", "template_args": ""}
     settings = {k: getattr(cfg, k) for k in SAMPLING if getattr(cfg, k) != usual.get(k)}
     if flags.out:                                              # before a model is opened or trained
         open_completions(Path(flags.out), settings, flags.overwrite)

@@ -109,6 +109,7 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
 
 def check_context(config, tokenizer, cfg, examples: list) -> int:
     """Tokens of the longest prompt. Raises BadInput if it and its completion do not fit."""
+    checkpoints.set_template_args(tokenizer, cfg.template_args)
     ids, _ = checkpoints.encode_prompts(tokenizer, [
         prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
     length = ids.shape[1]

@@ -16,7 +16,7 @@ import torch
 
 from rewards import TASKS, BadInput
 from support.checkpoints import (adapter_shape, base_of, check_model_exists, in_run,
-                                 open_checkpoint)
+                                 open_checkpoint, saved_settings, set_template_args, template_args)
 from support.cost import SMALL, parameter_count
 from support.data import check_files
 from support.files import need, read_json
@@ -39,6 +39,7 @@ class Run:
     name: str = ""                     # of the folder runs/NAME; default: TASK-METHOD-seedSEED
     prompt: str = ""                   # bare, agrpo, d1; default: as trained here, else agrpo
     system_prompt: str = ""            # instructions in place of the prompt's own
+    template_args: str = ""            # of its chat template: enable_thinking=true, or none
     rollout_batch: int = 256           # completions denoised at once: memory, never the gradient
     save_every: int = 1                # steps between checkpoints
     eval_every: int = 20               # steps between points of the held-out curve; 0: off
@@ -168,16 +169,6 @@ def made_here(model: str) -> str:
     tiny = "tiny-block" if known.get("block_size") else "tiny"
     return tiny if known.get("model_type") == "llama" else ""
 
-def saved_settings(model: str) -> dict:
-    """What a model was trained with here; {} if it was not."""
-    path = in_run(Path(model)) / "agrpo.json"
-    known = read_json(path) if path.is_file() else {}
-    for kind, names in ((str, "task prompt system_prompt controller eval_steps"),
-                        (int, "completion_length block_length eval_length eval_block_length")):
-        for name in set(names.split()) & known.keys():
-            need(type(known[name]) is kind, f"{path}: {name} is {known[name]!r}")
-    return known
-
 def before_flags(given: dict, published: dict) -> dict:
     """What the task, the kind of model, the method (published: as it is in the literature), the
     preset and the GPU's memory ask for."""
@@ -228,7 +219,15 @@ def with_model(cfg, given: dict):
         return dataclasses.replace(cfg, **{k: v for k, v in settings.items() if k not in given})
     need(cfg.model != "tiny" or not cfg.model_block,
          "--model-block: the model tiny attends both ways, tiny-block in blocks")
-    about = None if cfg.model in TINY else open_checkpoint(cfg.model, cfg.model_block)[0]
+    about = None
+    if cfg.model not in TINY:
+        about, tokenizer = open_checkpoint(cfg.model, cfg.model_block)
+        set_template_args(tokenizer, cfg.template_args)
+        cfg = dataclasses.replace(cfg, template_args=template_args(tokenizer, about.family))
+        need(tokenizer.chat_template or cfg.prompt == "bare" or cfg.sft
+             or cfg.prompt == saved_settings(cfg.model).get("prompt"),
+             f"--model {cfg.model} has no chat template: --prompt bare gives it the statements as "
+             "plain text, --sft gold or --sft FILE trains it on plain text first")
     block = about.block if about else tiny_block(cfg)
     if about and about.adapter and cfg.lora_rank:
         own = adapter_shape(about.adapter)

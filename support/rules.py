@@ -51,6 +51,7 @@ GOES_WITH = (                          # settings, and what they act with only
      "clip_high advantage kl kl_reference inner_epochs completions reward_weights overlong_penalty",
      "RL, not with --sft", lambda c: not c.sft),
     ("system_prompt", "--prompt agrpo or d1"),
+    ("template_args", "a chat template, not with --model tiny", lambda c: c.model not in TINY),
     ("base_steps base_batch base_lr base_lazy base_hidden base_layers",
      "--model tiny or tiny-block"),
     ("train_examples", "generated examples, not with --data",
