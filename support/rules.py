@@ -13,7 +13,7 @@ from support.files import need
 from support.options import (APPROXIMATE, CONTROLLED, PRESETS, TINY, device_for, flag,
                              for_evaluation, numbers)
 
-NOT_RANDOM = ("low_confidence", "confidence", "threshold", "entropy_bound")    # greedy: no sample
+NOT_RANDOM = ("low_confidence", "confidence", "threshold", "entropy_bound", "left_to_right")
 WITHOUT_DRAWS = ("exact", "diffu-grpo", "diffpo", "tracerl", "dipo")   # of the methods here
 CHOICES = {
     "task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
