@@ -1010,7 +1010,7 @@ def test_without_a_chat_template_prompts_are_plain_text(tmp_path, family):
     write_checkpoint(tmp_path / "m", family)
     without_template(tmp_path / "m")
     policy, tokenizer = load(tmp_path / "m")
-    assert prompt_of(tokenizer, "A question?\n") == "A question?\n" and policy.turn_id is None
+    assert prompt_of(tokenizer, "A question?\n") == "A question?\n" and policy.turn_id == policy.eos_id
     ids, _ = checkpoints.encode_prompts(tokenizer, [("A", "<reasoning>")])
     assert tokenizer.decode(ids[0]) == "A<reasoning>"
 
