@@ -97,7 +97,7 @@ class CachedPolicy:
         if self.kind == "block":
             if not self.kept:                                  # the prompt first
                 compute(every[:P].expand(n, -1))
-            masked = (ids == self.mask_id) & (every >= P)
+            masked = (ids == self.mask_id) & (every >= P) & (every < S)
             current = block.masked_fill(~masked, S).amin(1, keepdim=True)      # (n, 1)
             columns = pad + (current - 1) * size + torch.arange(2 * size, device=device)
             return compute(columns.masked_fill((columns < pad) | (columns >= S), S))

@@ -131,7 +131,7 @@ def sft_examples(tokenizer, cfg, examples: list, context: int, mask_id: int) -> 
                 for row in read_pairs(cfg.sft)]
     ended = end_of_turn(tokenizer) is not None
     answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
-    never = {mask_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    never = {mask_id, tokenizer.eos_token_id, tokenizer.unk_token_id, end_of_turn(tokenizer)}
     for number, (row, ids) in enumerate(zip(rows, answers), start=1):
         need(never.isdisjoint(ids),
              f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of the end, or what "

@@ -1,6 +1,5 @@
 """Published checkpoints in stock classes of transformers, no remote code; adapters."""
 import functools
-import inspect
 import json
 import os
 import re
@@ -10,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from support.families import Checkpoint, Family, read_checkpoint
+from support.families import Checkpoint, read_checkpoint
 from support.files import need, read_json, refusing
+from support.templates import encode_prompts, end_of_turn, set_template_args
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
@@ -93,60 +93,6 @@ def saved_settings(model: str) -> dict:
             need(type(known[name]) is kind, f"{path}: {name} is {known[name]!r}")
     return known
 
-def read_template_args(text: str) -> dict:
-    """"enable_thinking=true" -> {"enable_thinking": True}; none: {}. Raises BadInput."""
-    found, words = {}, {"true": True, "false": False}
-    for item in text.split(",") if text not in ("", "none") else ():
-        m = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*([^\s=]+)\s*", item)
-        need(m and m[1] not in found, f"--template-args {text!r}: must be none, or each name once, "
-             "NAME=VALUE,..., such as enable_thinking=true")
-        number = re.fullmatch(r"-?[0-9]{1,9}", m[2])
-        found[m[1]] = words.get(m[2].lower(), int(m[2]) if number else m[2])
-    return found
-
-def template_args(tokenizer, family: Family) -> str:
-    """What the prompts of a tokenizer are made with, as --template-args has it."""
-    known = getattr(tokenizer, "template_args", {})
-    text = ",".join(f"{k}={str(v).lower() if type(v) is bool else v}" for k, v in known.items())
-    return text or ("none" if family.template else "")
-
-def set_template_args(tokenizer, text: str):
-    """What --template-args adds to the family's own arguments; "": nothing. Raises BadInput for
-    what the chat template does not read."""
-    reads, given = str(tokenizer.chat_template or ""), read_template_args(text)
-    own = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
-    for name in given:
-        need(name not in own and re.search(rf"\b{name}\b", reads),
-             f"--template-args {name}: the model's chat template does not read it" if reads else
-             f"--template-args {name}: the model has no chat template")
-    known = {} if text == "none" else getattr(tokenizer, "template_args", {})
-    tokenizer.template_args = {**known, **given}
-
-def in_turns(tokenizer, turns: list[tuple[str, str]], **how) -> str:
-    """(role, text) of each turn -> the text that the model reads; without a chat template, as base
-    models are, what the turns say and nothing else."""
-    if not tokenizer.chat_template:
-        return "".join(text for _, text in turns)
-    return tokenizer.apply_chat_template(
-        [{"role": role, "content": text} for role, text in turns], tokenize=False,
-        **getattr(tokenizer, "template_args", {}), **how)
-
-def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple:
-    """(user message, what the completion is made to begin with), through the tokenizer's chat
-    template -> ids and mask (N, P), left padded."""
-    texts = [in_turns(tokenizer, [("user", message)], add_generation_prompt=True) + begin
-             for message, begin in prompts]
-    out = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
-                    return_tensors="pt")
-    return out["input_ids"], out["attention_mask"]
-
-def end_of_turn(tokenizer) -> int | None:
-    """The special token, other than EOS, that the chat template writes after an answer."""
-    text = in_turns(tokenizer, [("user", "?"), ("assistant", "ANSWER")])
-    after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"][:1]
-    special = after and after[0] in tokenizer.added_tokens_decoder
-    return after[0] if special and after[0] != tokenizer.eos_token_id else None
-
 def open_checkpoint(model: str, block: int = 0, weights: bool = False):
     """What is known of a model without its weights -> Checkpoint, tokenizer. Raises BadInput."""
     folder, adapter, base = find_folder(model, weights), None, model
@@ -172,8 +118,8 @@ def open_checkpoint(model: str, block: int = 0, weights: bool = False):
         need(token is not None and token < about.config.vocab_size,
              f"--model {model}: neither its config.json nor its tokenizer gives a {name} token of "
              "its vocabulary")
-    need(mask_id != tokenizer.eos_token_id,
-         f"--model {model}: its mask token is its end-of-sequence token, {mask_id}")
+    need(mask_id not in (tokenizer.eos_token_id, end_of_turn(tokenizer)),
+         f"--model {model}: its mask token, {mask_id}, is the end of a sequence or turn")
     return about._replace(mask_id=mask_id, adapter=adapter, base=base), tokenizer
 
 # ----------------------------------------------------------------------------------- its weights
@@ -309,6 +255,13 @@ def load_adapter(model, about: Checkpoint, trainable: bool):
             warnings.simplefilter("ignore", FutureWarning)
             model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable,
                                                    config=config, key_mapping=keys or None)
+        if getattr(model.active_peft_config, "alora_invocation_tokens", None):
+            raise ValueError("an adapter that acts behind its own tokens alone is not supported")
+        head = model.get_output_embeddings()
+        if hasattr(head, "lora_A"):                            # Policy.logits reads its weight
+            if trainable:
+                raise ValueError("an adapter on the output head is not trained here: --merge first")
+            head.merge()
         left = set(stock) ^ set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
         if left:
             raise ValueError(f"weights do not fit: {sorted(left)[:3]}")

@@ -42,9 +42,12 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
                 return []
     known, rows = read_completions(path)
     need(known, f"--out {path}: there is such a file, and this program did not make it")
-    need(all(isinstance(row, dict) and {"index", "sample", "completion", "example"} <= row.keys()
+    kinds = {"index": int, "sample": int, "nfe": int, "tokens": int, "completion": str,
+             "example": dict}
+    need(all(isinstance(row, dict) and all(type(row.get(k)) is kind for k, kind in kinds.items())
              for row in rows), f"cannot read {path}: not every line holds a completion")
-    other = ", ".join(k for k in settings if known.get(k) != settings[k])
+    names = [k for k in {**known, **settings} if k in settings or k != "weights"]   # opened later
+    other = ", ".join(k for k in names if known.get(k) != settings.get(k))
     need(overwrite or not other, f"{path} was made with another {other}: --overwrite replaces it, "
          "--out FILE.jsonl goes elsewhere")
     return [] if overwrite else rows
@@ -65,7 +68,8 @@ def locked_completions(path: Path, settings: dict, overwrite: bool, made: dict):
             f.write(json.dumps({"settings": settings, "made": made}) + "\n")
         f.flush()
         with open(path, encoding="utf-8") as begun:
-            was = json.loads(begun.readline()).get("made", made)
+            was = json.loads(begun.readline()).get("made")
+        was = was if isinstance(was, dict) else made           # files of before do not say
         other = [f"{was.get(k)} -> {made[k]}" for k in ("device", "dtype", "torch", "transformers")
                  if was.get(k) != made[k]]
         if other:

@@ -90,7 +90,7 @@ def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
     for field, names in family.fields.items():
         value = next((known[n] for n in names if known.get(n) is not None), None)
         tied = field == "tie_word_embeddings"
-        need(tied or type(value) in (int, float) and value > 0,
+        need(tied or type(value) in (int, float) and 0 < value < float("inf"),
              f"{where}: its config.json has {' or '.join(names)} {value!r}")
         fields[field] = bool(value) if tied else value
     V = fields["vocab_size"]

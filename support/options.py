@@ -16,10 +16,12 @@ import torch
 
 from rewards import TASKS, BadInput
 from support.checkpoints import (adapter_shape, base_of, check_model_exists, in_run,
-                                 open_checkpoint, saved_settings, set_template_args, template_args)
+                                 open_checkpoint, saved_settings)
 from support.cost import SMALL, parameter_count
 from support.data import check_files
 from support.files import need, read_json
+from support.templates import (read_template_args, set_template_args, template_args,
+                               write_template_args)
 
 TINY = ("tiny", "tiny-block")          # models made here
 LLADA = "GSAI-ML/LLaDA-8B-Instruct"    # what the tasks without a tiny model start from
@@ -135,8 +137,12 @@ def read_flags(prog: str, text: str, owners: dict, argv: list[str], settled=None
         what = [line for line in lines if line][1:2] or ["bad flags"]      # below its title
         raise BadInput(f"{what[0]} (--help lists the flags)") from None
     names = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
-    return {name: value for group in vars(found).values() for name, value in vars(group).items()
-            if name in names}
+    given = {name: value for group in vars(found).values() for name, value in vars(group).items()
+             if name in names}
+    if given.get("template_args"):                             # one spelling of each
+        known = read_template_args(given["template_args"])
+        given["template_args"] = write_template_args(known)
+    return given
 
 def subset(owners: list[type], names: tuple, defaults: dict) -> type:
     """A dataclass of some of their settings, with their comments and other defaults."""
@@ -223,7 +229,8 @@ def with_model(cfg, given: dict):
     if cfg.model not in TINY:
         about, tokenizer = open_checkpoint(cfg.model, cfg.model_block)
         set_template_args(tokenizer, cfg.template_args)
-        cfg = dataclasses.replace(cfg, template_args=template_args(tokenizer, about.family))
+        cfg = dataclasses.replace(cfg, template_args=cfg.template_args or template_args(
+            tokenizer, about.family))
         need(tokenizer.chat_template or cfg.prompt == "bare" or cfg.sft
              or cfg.prompt == saved_settings(cfg.model).get("prompt"),
              f"--model {cfg.model} has no chat template: --prompt bare gives it the statements as "

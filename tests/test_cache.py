@@ -411,3 +411,15 @@ def test_a_run_with_a_cache_logs_its_weights_and_resumes_to_the_bit(here, monkey
     same = [i for i, name in enumerate(one[0]) if "seconds" not in name and "memory" not in name]
     assert [[line[i] for i in same] for line in one] == [[line[i] for i in same] for line in two]
     assert all(float(line[one[0].index("is_weight")]) > 0 for line in one[1:])
+
+
+@pytest.mark.parametrize("mask_id", [0, 5])
+def test_the_block_cache_is_exact_whatever_the_id_of_the_mask(mask_id):
+    policy, _ = tiny(CFG, block=4)
+    policy.mask_id = mask_id
+    prompt, mask = prompts(8, 5, 3)
+    cfg = dataclasses.replace(CFG, steps=CFG.completion_length)
+    cached, plain = (roll(policy, prompt, mask, dataclasses.replace(cfg, cache=kind), list("abc"))
+                     for kind, roll in (("block", caches.cached_rollout), ("none", agrpo.rollout)))
+    assert torch.equal(cached.tokens, plain.tokens)
+    assert (cached.logp - plain.logp).abs().max() < 1e-9

@@ -90,6 +90,34 @@ def test_files_say_with_what_they_were_made_and_a_change_of_it_is_noted(tiny, ca
     assert evaluation.main(flags) == 0 and "note:" not in capsys.readouterr().out
 
 
+def test_a_file_of_other_settings_is_refused_also_where_these_are_the_usual_ones(tiny, capsys):
+    flags = [*TINY, "--limit", "2", "--steps", "4", "--out", "e.jsonl"]
+    assert evaluation.main([*flags, "--cache", "dual"]) == 0
+    before = Path("e.jsonl").read_bytes()
+    for more in ([], ["--cache", "prefix"]):
+        assert evaluation.main([*flags, *more]) == 2 and "cache" in capsys.readouterr().err
+    assert evaluation.main([*flags, "--overwrite"]) == 0
+    assert evaluation.main([*flags, "--cache", "dual"]) == 2
+    assert Path("e.jsonl").read_bytes() != before
+
+
+@pytest.mark.parametrize("name, value", [
+    ("index", "0"), ("index", 1.0), ("sample", None), ("completion", 5), ("nfe", None),
+    ("tokens", "x"), ("example", [])])
+def test_a_line_that_holds_no_completion_is_refused(tiny, name, value, capsys):
+    flags = [*TINY, "--limit", "2", "--steps", "4", "--out", "e.jsonl"]
+    assert evaluation.main(flags) == 0
+    header, first, *rest = lines("e.jsonl")
+    for made in (None, [], "x", 3):                            # does no harm
+        whole = [{**header, "made": made}, first, *rest]
+        Path("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+        assert evaluation.main(flags) == 0
+    broken = [header, {**first, name: value}, *rest]
+    Path("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in broken))
+    capsys.readouterr()
+    assert evaluation.main(flags) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_intervals_hold_what_they_promise():
     """Wilson at 30 of 100 from its defining equation; a bootstrap of 400 shares against the normal
     interval, within 10 %."""

@@ -16,7 +16,7 @@ import eval as evaluation
 from methods import caches, models, sft
 from methods.dipo import BlockPolicy
 from rewards import BadInput
-from support import checkpoints, cost, options, rules
+from support import checkpoints, cost, options, rules, templates
 from tools import Settings, load, save, train_step
 
 CFG = Settings(task="gsm8k", completion_length=8, block_length=4, steps=4, prompts=2, completions=4)
@@ -744,7 +744,7 @@ def test_a_mask_token_that_only_its_name_tells_is_found(tmp_path):
     config = tmp_path / "m" / "config.json"
     saved = json.loads(config.read_text())
     config.write_text(json.dumps({**saved, "mask_token_id": tokenizer.eos_token_id}))
-    with pytest.raises(BadInput, match="its mask token is its end-of-sequence token"):
+    with pytest.raises(BadInput, match="is the end of a sequence"):
         checkpoints.open_checkpoint(str(tmp_path / "m"))
 
 
@@ -960,6 +960,64 @@ def test_template_args_win_and_a_trained_model_and_an_evaluation_remember_them(h
         assert code == (0 if recorded == "enable_thinking=true" else 2)    # of another prompt
     assert agrpo.main(["--name", "x0", "--resume"]) == 0
     assert agrpo.main(["--name", "x0", "--resume", "--template-args", "none"]) == 2
+    assert agrpo.main(["--name", "x2", "--resume", "--template-args", " enable_thinking=TRUE"]) == 0
+
+
+def test_no_template_args_stay_none_where_the_family_has_none_of_its_own(here):
+    """On a model that was trained here with some: in prompts, in agrpo.json, after a resume."""
+    write_checkpoint("m", "sdar")
+    sums()
+    run = ["--task", "gsm8k", "--data", "sums.jsonl", "--device", "cpu", "--completion-length", "8",
+           "--eval-steps", "8", "--eval-examples", "2", "--max-steps", "0", "--lora-rank", "4"]
+    template = Path("m/chat_template.jinja")
+    template.write_text("{% if loud %}LOUD {% endif %}" + template.read_text())
+    assert agrpo.main([*run, "--model", "m", "--name", "a", "--template-args", "loud=true"]) == 0
+    again = [*run, "--model", "runs/a", "--name", "b", "--template-args", "none"]
+    assert agrpo.main(again) == 0 and agrpo.main([*again, "--resume"]) == 0
+    assert json.loads(Path("runs/b/model/agrpo.json").read_text())["template_args"] == "none"
+    for name, loud in (("a", True), ("b", False)):
+        tokenizer = checkpoints.open_checkpoint(f"runs/{name}")[1]
+        assert prompt_of(tokenizer).startswith("LOUD") == loud
+
+
+@pytest.mark.parametrize("template, turn", [
+    ("{% for m in messages %}{{ m['content']|lower }}<|im_end|>{% endfor %}", None),
+    ("{% for m in messages if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% endfor %}",
+     None),
+    ("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", "<|im_end|>"),
+    ("{% for m in messages %}{{ m['content'] }}{% endfor %}", None)])
+def test_the_end_of_a_turn_is_what_stands_behind_an_answer(tmp_path, template, turn):
+    write_checkpoint(tmp_path / "m", "sdar")
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    tokenizer = checkpoints.open_checkpoint(str(tmp_path / "m"))[1]
+    found = templates.end_of_turn(tokenizer)
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == turn
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}<|MASK|>")
+    with pytest.raises(BadInput, match="mask token"):
+        checkpoints.open_checkpoint(str(tmp_path / "m"))
+
+
+def test_an_adapter_on_the_output_head_counts_or_is_refused(tmp_path):
+    import peft
+    write_checkpoint(tmp_path / "m", "llada")
+    net = checkpoints.load_model(checkpoints.read_checkpoint(tmp_path / "m"), torch.float32)
+    net = peft.get_peft_model(net, peft.LoraConfig(r=4, lora_alpha=8, target_modules=[
+        "q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    for name, p in net.named_parameters():
+        p.data = torch.randn_like(p) * 0.3 if "lora_B" in name else p.data
+    net.peft_config["default"].base_model_name_or_path = str(tmp_path / "m")
+    net.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    policy, _ = load(tmp_path / "a")
+    state = torch.arange(8)[None] + 60
+    with torch.no_grad():
+        ours = policy.logits(state, torch.ones_like(state), state, state >= 0)
+        ids = torch.cat([state, state], 1)
+        sees = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+        want = net.base_model.model(ids, attention_mask=sees).logits[0, 8:]
+    inside = ours.isfinite()
+    assert (ours - want)[inside].abs().max() < 1e-4
+    with pytest.raises(BadInput, match="head"):
+        load(tmp_path / "a", dataclasses.replace(CFG, lora_rank=4), train=True)
 
 
 def test_an_earlier_model_keeps_the_prompt_it_was_trained_with(tmp_path):
@@ -973,7 +1031,8 @@ def test_an_earlier_model_keeps_the_prompt_it_was_trained_with(tmp_path):
 @pytest.mark.parametrize("text", [
     "enable_thinking", "enable_thinking=", "=true", "a=1,,b=2", "enable_thinking=true,", "a b=1",
     "thinking=true", "tokenize=true", "chat_template=x", "messages=1", "{}", " ",
-    "enable_thinking=true,enable_thinking=false", "add_generation_prompt=false"])
+    "enable_thinking=true,enable_thinking=false", "add_generation_prompt=false", "role=user", "m=5",
+    "content=1", "endfor=1", "im_start=3"])
 def test_bad_template_args_are_one_line(here, text, capsys):
     write_checkpoint("m", "a2d-qwen3")
     sums()
@@ -984,7 +1043,7 @@ def test_bad_template_args_are_one_line(here, text, capsys):
 
 def test_template_args_go_with_a_template(here, capsys):
     refused(agrpo.main, ["--template-args", "enable_thinking=true"], capsys, "--template-args")
-    assert checkpoints.read_template_args("a=1, b = x,c=FALSE,d=-2") == {
+    assert templates.read_template_args("a=1, b = x,c=FALSE,d=-2") == {
         "a": 1, "b": "x", "c": False, "d": -2}
 
 
@@ -1010,7 +1069,8 @@ def test_without_a_chat_template_prompts_are_plain_text(tmp_path, family):
     write_checkpoint(tmp_path / "m", family)
     without_template(tmp_path / "m")
     policy, tokenizer = load(tmp_path / "m")
-    assert prompt_of(tokenizer, "A question?\n") == "A question?\n" and policy.turn_id == policy.eos_id
+    assert prompt_of(tokenizer, "A question?\n") == "A question?\n"
+    assert policy.turn_id == policy.eos_id
     ids, _ = checkpoints.encode_prompts(tokenizer, [("A", "<reasoning>")])
     assert tokenizer.decode(ids[0]) == "A<reasoning>"
 

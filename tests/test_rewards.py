@@ -610,6 +610,11 @@ def test_solutions_of_countdown_solve_it():
         solution = puzzles.countdown_solve(nums, target)
         assert grade("countdown", solution, {"nums": nums, "target": target}) == 1
     assert puzzles.countdown_solve([0, 0], 3) is None
+    for nums, target in (([25, 50, 75, 100, 3, 6], 952), ([3, 8, 8, 3], 24)):
+        assert grade("countdown", puzzles.countdown_solve(nums, target), {
+            "nums": nums, "target": target}) == 1
+    with pytest.raises(ValueError, match="1 to 6"):
+        TASKS["countdown"].row({"nums": [1] * 7, "target": 7})
 
 
 @needs_data
