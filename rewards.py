@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 
-from support.math_answers import MATH_CHARS, math_equal, math_form, math_normal
+from support.math_answers import (MATH_CHARS, math_copied, math_equal, math_form,
+                                  math_normal, math_pair)
 from support.puzzles import (SOLUTIONS, countdown_generate, countdown_solve, in_split,  # noqa: F401
                              sudoku_class, sudoku_generate, sudoku_lazy)
 
@@ -245,18 +246,19 @@ def math_value(completion: str, example: dict) -> float:
     """1 if the answer equals the example's in value, in any form.
     >>> [math_value(x, {"answer": r"\\frac{1}{8}"}) for x in ("0.125", "0.1")]
     [1.0, 0.0]"""
-    return float(math_equal(example["answer"], math_answer(completion)))
+    answer = math_answer(completion)
+    return float(math_equal(example["answer"], answer, *math_pair(example, answer)))
 
 def math_grade(completion: str, example: dict) -> float:
     """1 if the answer equals the example's, is written in the same form (lowest terms, decimal,
     base) and not copied from the problem. Published tables, comparing strings, ask for the same.
     >>> [math_grade(x, {"answer": r"\\frac{1}{8}", "problem": ""}) for x in ("1/8", "0.125")]
     [1.0, 0.0]"""
-    gold, answer = math_normal(example["answer"]), math_normal(math_answer(completion))
-    if gold != answer:
-        form = math_form(answer)
-        copied = (re.search(r".[-+*/^]|\\", answer)        # the task, not its solution
-                  and answer in math_normal(example["problem"][:5000]))
+    answer = math_answer(completion)
+    gold, normal = math_pair(example, answer)
+    if gold != normal:
+        form = math_form(normal)
+        copied = math_copied(example["problem"][:5000], answer)
         if form != math_form(gold) or "unreduced" in form or copied:
             return 0.0
     return math_value(completion, example)
