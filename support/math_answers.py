@@ -16,7 +16,8 @@ from functools import lru_cache
 MATH_LIMIT, MATH_CHARS = 5, 500        # seconds for one comparison; characters of an answer
 UNICODE = str.maketrans({"−": "-", "–": "-", "°": "", "∞": "\\infty ", "π": "\\pi ", "√": "\\sqrt ",
                          "×": "\\times ", "·": "\\cdot ", "∪": "\\cup ", "±": "\\pm "})
-TEXT = r"\\(?:text(?!style)[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mh]box|boldsymbol|bm|operatorname)"
+TEXT = (r"\\(?:text(?!style)[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mh]box|emph|boldsymbol|bm"
+        r"|operatorname)\s*")
 UNIT = (r"(?!.*\b(?:or|and|to|more|less|least|most|than|not|hundred|thousand|million|billion|lakh|"
         r"trillion|dozens?|squared|cubed|remainder|plus|minus|times|over|divided|by|choose|mod|pi|"
         r"factorial|infinity|half|halves|thirds|tenths|sqrt|ln|log|sin|cos|tan|exp|rad|radians?|"
@@ -24,9 +25,11 @@ UNIT = (r"(?!.*\b(?:or|and|to|more|less|least|most|than|not|hundred|thousand|mil
         r"(?:(?:[A-Za-z/]{2,}|[mgshL])\b[\s.]*)+")         # words that do not change a number
 WHOLE_STYLE = (                        # (pattern, replacement) of what does not change an answer
     (r"^.{0,40}?\b(?:[Aa]nswer|[Vv]alue|[Rr]esult)\b(?:\s+is)?\s*:?\s*"         # the answer is
-     r"|^[*`=\s]+|(?<![*`\s.])[*`\s.]++$", ""), (r"^\\(?:boldsymbol|mathbf|bm)\s*\{(.*)\}$", r"\1"),
+     r"|^[*`=\s]+|(?<![*`\s.])[*`\s.]++$", ""),
+    (r"\{\s*\\(?:rm|bf|it|sf|tt|em)(?![A-Za-z])", r"\\text{"),              # {\rm miles}
+    (TEXT + r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),
     (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\[()\[\]]|\\?\$|\\?%"
-     r"|\^\s*\{?\\circ\}?|\\degree", ""), (r"[.,;\s]+$", ""),
+     r"|\^\s*\{?\\circ\}?|\\(?:text)?degree", ""), (r"[.,;\s]+$", ""),
     (r"(?<=[0-9])(?:\{,\}|,?\\!|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))", ""),         # 58{,}500
     (r"(?<!\\)\\[,;!: ]|\\q?quad(?![A-Za-z])|~", " "),
     (r"\\l(?:e|eq|eqq|eqslant)(?![A-Za-z])|<=", "≤"), (r"\\lt(?![A-Za-z])", "<"),
@@ -34,11 +37,11 @@ WHOLE_STYLE = (                        # (pattern, replacement) of what does not
     (r"[(\[]\s*\\begin\{(?:array|(?:small)?matrix)\}(?:\s*\{[clr| ]*\})?(.*?)"  # not a determinant
      r"\\end\{(?:array|(?:small)?matrix)\}\s*[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"(\\(?:begin|end)\{)[bB]matrix\}", r"\1pmatrix}"),
-    (rf"\s*,?\s*(?:{TEXT}\s*\{{\s*(?:or|and)\s*\}}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z]))\s*", ","))
+    (rf"\s*,?\s*(?:{TEXT}\{{\s*(?:or|and)\s*\}}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z]))\s*", ","))
 ITEM_STYLE = (                         # ... of an item of a list
-    (rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*(?:{TEXT}\s*\{{\s*"                        # 5 cm^2
+    (rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*(?:{TEXT}\{{\s*"                        # 5 cm^2
      rf"{UNIT}\}}|(?<=[0-9])\s+{UNIT})(?:\^\{{?[0-9]\}}?)?[.\s]*$", ""),
-    (TEXT + r"\s*\{([^{}]*)\}", r" \1 "), (r"[.,;\s]+$", ""))
+    (TEXT + r"\{([^{}]*)\}", r" \1 "), (r"[.,;\s]+$", ""))
 NAME = r"(?:[A-Za-z]|[A-Z]{2,3}|\\[a-z]+)(?:_\{?\w+\}?|\(-?\w\))?"
 LABEL = rf"^\s*(?:\\angle\s*)?({NAME}|\(\s*{NAME}(?:\s*,\s*{NAME})+\s*\))\s*(?:=|\\in(?![A-Za-z]))"
 NUMBER_STYLE = (                       # ... without its label
@@ -53,7 +56,8 @@ NUMBER_STYLE = (                       # ... without its label
     (r"(\\[A-Za-z]+\s)\s*(?=[A-Za-z])|(?<![0-9])\s+|\s+(?![0-9])", r"\1"))      # \cot x
 THOUSANDS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])"
 ASKS_FOR_A_LIST = (
-    r"(?i)separated by commas|\b(?:enter|find|give|list|name|state|determine|compute|what are) "
+    r"(?is)separated by (?:a )?comma|comma.separated|^(?!.*\bhow many\b).*"
+    r"\b(?:enter|find|give|list|name|state|determine|compute|what are) "
     r"(?:all|both|the (?:\w+ )?(?:roots|zeroe?s|solutions|values))\b")
 
 def styled(text: str, patterns: tuple) -> str:
@@ -88,7 +92,7 @@ def math_normal(answer: str, listed: bool = False) -> str:
         text = re.sub(THOUSANDS, lambda m: m[0].replace(",", "" if not depth[m.start()] else ","),
                       text)
     items = [styled(item, ITEM_STYLE) for item in cut(text, ",")[1]]
-    labels = {m[1] for item in items if (m := re.match(LABEL, item))}
+    labels = {m[1].split("_")[0] for item in items if (m := re.match(LABEL, item))}
     for i, item in enumerate(items):                       # x = 1, y = 2 is not 2, 1
         item = styled(re.sub(LABEL, "", item) if len(labels) < 2 else item, NUMBER_STYLE)
         signs, sides = cut(item, "[<>≤≥]")
@@ -127,7 +131,8 @@ def math_parts(normal: str) -> tuple[str, list[str]]:
             return "" if separator == "," else found, items
     return "", [normal]
 
-DECIMAL, BASE = r"[-+]?[0-9]+(?:\.[0-9]+)?", r"([-+]?[0-9A-F]+|\([0-9A-F]+\))_\{?(?!10\b)(.+?)\}?"
+DECIMAL = r"[-+]?[0-9]+(?:\.[0-9]+)?"
+BASE = r"([-+]?[0-9A-F]+|\([0-9A-F]+\))_(?!\{?10\b)\{?(.+?)\}?"
 
 def math_form(normal: str) -> tuple:
     """How a normalised answer is written: what holds its parts, then the parts' forms, sorted:
@@ -163,10 +168,8 @@ def math_equal(gold: str, answer: str, a: str, b: str) -> bool:
         return False                                       # y = x + 1 is not x = x + 1
     if a == b:
         return True
-    braces = re.sub(r"\\[{}]|[^{}]", "", answer)
-    while "{}" in braces:
-        braces = braces.replace("{}", "")
-    if braces or "boxed" in answer or not b.isprintable():
+    braces = [0, *depths(re.sub(r"\\[{}]|[^{}]", "", answer))]
+    if min(braces) < 0 or braces[-1] or "boxed" in answer or not b.isprintable():
         return False                                       # it would close the box it is put in
     return verifier.equal(a, b)
 
@@ -210,16 +213,20 @@ def equal_numbers(a: str, b: str) -> bool:
     if letters[0] != letters[1]:                           # it takes K for k
         return False
     a, b = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (a, b))
-    if not verify(a, b, float_rounding=12, timeout_seconds=None):
-        return False
-    if not (isinstance(a[0], Expr) and isinstance(b[0], Expr)):
-        return True
-    names = sorted(a[0].free_symbols | b[0].free_symbols, key=str)
-    at = {name: Rational(i + 17, 13) for i, name in enumerate(names)}
-    x, y = (N(side.doit().subs(at), 60) for side in (a[0], b[0]))
-    error = 1e-12 if a[0].has(Float) or b[0].has(Float) else Rational(1, 10**50)
-    return (not (x.is_finite and y.is_finite and (x - y).is_number)
-            or bool(abs(x - y) <= error * max(abs(x), abs(y))) or simplify(a[0] - b[0]) == 0)
+    if isinstance(a[0], Expr) and isinstance(b[0], Expr):
+        names = sorted(a[0].free_symbols | b[0].free_symbols, key=str)
+        at = {name: Rational(i + 17, 13) for i, name in enumerate(names)}
+        x, y = (side.doit().subs(at) for side in (a[0], b[0]))
+        error = 1e-12 if x.has(Float) or y.has(Float) else Rational(1, 10**50)
+        if not (x.is_Rational and y.is_Rational):          # (what is rational is exact)
+            x, y = N(x, 60), N(y, 60)
+        elif x != y:
+            return False
+        if (x - y).is_number and (x - y).is_finite:
+            close = abs(x - y) <= error * max(abs(x), abs(y)) or simplify(a[0] - b[0]) == 0
+            if not close or not names:
+                return bool(close)
+    return verify(a, b, float_rounding=12, timeout_seconds=None)
 
 class Verifier:
     """math-verify in a process of its own, which an alarm ends when a comparison takes too long,
