@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 
-from support.math_answers import MATH_CHARS, math_equal, math_form, math_normal
+from support.math_answers import (MATH_CHARS, math_copied, math_equal, math_form,
+                                  math_normal, math_pair)
 from support.puzzles import (SOLUTIONS, countdown_generate, countdown_solve, in_split,  # noqa: F401
                              sudoku_class, sudoku_generate, sudoku_lazy)
 
@@ -26,9 +27,25 @@ class BadInput(Exception):
 PLACEHOLDER = re.compile(r"(?:[.…_{}\s]|\\[lc]?dots|\\boxed)*")     # a copied format: no answer
 MAX_CHARS = 20_000                     # read at the end of a completion: grading stays linear
 
+END = r"<\|(?:eot_id|endoftext|end_of_text|im_end)\|>|</s>|<end_of_turn>"
+ASKED = r"[ \t#*>]*+(?i:question|q|problem|exercise|user|human|instruction)\b[ \t0-9*]*+:"
+NEXT = (rf"(?:\n|(?<=[.!?0-9)}}$])|(?<=</answer>)){ASKED}"
+        r"|<\|(?:im_start|start_header_id|user)\|>|<start_of_turn>|\[INST\]")
+ANSWERED = (r"####\s*\S|\\(?:boxed|fbox)\s*\{(?!\s*(?:[.…_}]|\\[lc]?dots))|</answer>|answer is\b",
+            rf"|[0-9][^\w\n]{{0,8}}\s*(?={NEXT})", r"|\n[ \t#*>]*+(?:Answer|Solution|A)\b[ \t*]*+:")
+
 def text_of(completion: str) -> str:
-    """A completion up to its end of text."""
-    return re.split(r"<\|(?:eot_id|endoftext|end_of_text|im_end)\|>|</s>", completion[:10**6])[0]
+    """A completion up to its end of text, or to the question that a base model goes on with: the
+    next one after it has marked an answer or, if it marks none, given a number.
+    >>> text_of("#### 72\\nQ: 5 + 5? #### 10"), text_of("Restated:\\nQ: 70 + 2?\\n#### 72")
+    ('#### 72', 'Restated:\\nQ: 70 + 2?\\n#### 72')"""
+    text = re.split(END, completion[:10**6])[0]
+    rest = re.split(r"</(?:reasoning|think)>", text, maxsplit=1)[-1]     # it may ask in reasoning
+    again = bool(re.match(rf"\s*{ASKED}", rest))           # it begins by restating the problem
+    found = re.search(ANSWERED[0] + ANSWERED[1 + again], rest)
+    found = found or not again and re.search("[0-9]", rest)
+    end = found and re.compile(NEXT).search(rest, found.end())
+    return text[:len(text) - len(rest) + end.start()] if end else text
 
 def last_boxed(text: str) -> str | None:
     """The content of the last \\boxed{...} that closes and holds more than a placeholder, or None.
@@ -187,6 +204,8 @@ TYPESETTING = (                        # (pattern, replacement): what numbers ar
     (r"\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[×·⋅•∙]|(?<=[0-9])\s?\*\*\s?(?=[0-9])", "*"),
     (r"\\div(?![A-Za-z])|÷", "/"), (r"\*\*|\\(?:text|mbox|underline|bf)\w*\s*\{?", " "),
     (r"(?<=[A-Za-z])\}?\s?\^\s?\{?-?[0-9]+\}?|\^\s?\{?\\circ\}?", ""),         # cm^2
+    (r"^(\W*[0-9][0-9.,]*(?:\s[a-z]+)?)\s(?:in|for|after|every|per|within)\s[0-9]+\s[a-z]+\.?$",
+     r"\1"),                           # 72 (clips) in 2 months
     (r"(?<=[0-9])\s+\((?![a-z]*(?:thousand|million))[^()]*\)\s*+\.?\s*+$", ""))    # (an aside)
 RUN = r"[-+]?[$€£¥]?[-+]?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
 ARITHMETIC = (rf"(?<![A-Za-z0-9_^])(?:[-+]?[0-9]+\s+(?=[0-9]+\s?/\s?[0-9]))?{RUN}"
@@ -247,20 +266,20 @@ def math_value(completion: str, example: dict) -> float:
     """1 if the answer equals the example's in value, in any form.
     >>> [math_value(x, {"answer": r"\\frac{1}{8}"}) for x in ("0.125", "0.1")]
     [1.0, 0.0]"""
-    return float(math_equal(example["answer"], math_answer(completion)))
+    answer = math_answer(completion)
+    return float(math_equal(example["answer"], answer, *math_pair(example, answer)))
 
 def math_grade(completion: str, example: dict) -> float:
     """1 if the answer equals the example's, is written in the same form (lowest terms, decimal,
     base) and not copied from the problem. Published tables, comparing strings, ask for the same.
     >>> [math_grade(x, {"answer": r"\\frac{1}{8}", "problem": ""}) for x in ("1/8", "0.125")]
     [1.0, 0.0]"""
-    gold, answer = math_normal(example["answer"]), math_normal(math_answer(completion))
-    if gold != answer:
-        form = math_form(answer)
-        copied = (re.search(r".[-+*/^]|\\", answer)        # the task, not its solution
-                  and answer in math_normal(example["problem"][:5000]))
-        if form != math_form(gold) or "unreduced" in form or copied:
-            return 0.0
+    answer = math_answer(completion)
+    gold, normal = math_pair(example, answer)
+    form = math_form(normal)
+    if gold != normal and (form != math_form(gold) or "unreduced" in form
+                           or math_copied(example["problem"][:5000], answer)):
+        return 0.0
     return math_value(completion, example)
 
 # --------------------------------------------------------------------------------------- prompts
