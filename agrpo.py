@@ -76,7 +76,7 @@ class Policy(torch.nn.Module):
     def __init__(self, model, mask_id: int, eos_id: int, shift=False):         # shift: Dream's
         super().__init__()
         self.model, self.mask_id, self.eos_id = model.eval(), mask_id, eos_id  # no dropout
-        self.shift, self.turn_id = shift, None                 # <|eot_id|>: also ends a text
+        self.shift, self.turn_id = shift, eos_id               # or <|eot_id|>: also ends a text
 
     def logits(self, prompt, prompt_mask, state, where) -> Tensor:
         """prompt, prompt_mask (N, P), state (N, C), where (N, C) bool -> (n, V), row-major, from
@@ -248,7 +248,7 @@ class Trajectory:
 def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, count=None) -> Trajectory:
     """Denoise one completion per row of prompt (N, P), block by block, in at most T steps. keys: N
     hashables; a row's random numbers depend on its key alone. A row is finished, and leaves the
-    batch, once a whole block of it is EOS. count: in place of the configured row's of UNMASK."""
+    batch, once a complete block holds the end of its text. count: in place of UNMASK's."""
     N, C, L, T = len(prompt), cfg.completion_length, cfg.block_length, cfg.steps
     rule, mask_id, eos_id = UNMASK[cfg.unmasking], policy.mask_id, policy.eos_id
     rule = rule._replace(count=count or rule.count)
@@ -257,7 +257,6 @@ def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, count=None) ->
     u, blocks = u.to(prompt.device), policy.blocks(prompt_mask, C, L)          # blocks (N, C)
     tokens = prompt.new_full((N, C), mask_id).masked_fill(blocks == C, eos_id)  # now the state x_t
     zeros = [prompt.new_zeros(N, width, dtype=torch.float64) for width in (C, T, T, T)]
-    logp, order_logp, entropy, gradient = zeros
     traj = Trajectory(prompt, prompt_mask, tokens, torch.full_like(tokens, T),
                       torch.zeros_like(tokens), *zeros, prompt.new_zeros(N), eos_id)
     for t in range(T):
@@ -274,19 +273,20 @@ def rollout(policy, prompt, prompt_mask, cfg: Config, keys: list, count=None) ->
         won = rank[at] >= 0
         where = rows[row[won]], position[won]
         tokens[where], traj.reveal_step[where], traj.rank[where] = token[won], t, rank[at][won]
-        logp[where] = law.logp(token)[won].double()
-        entropy[:, t].index_add_(0, where[0], torch.special.entr(law.p[won]).sum(-1).double())
-        gradient[:, t].index_add_(0, where[0], law.gradient_size(token, won).double())
+        traj.logp[where] = law.logp(token)[won].double()
+        traj.entropy[:, t].index_add_(0, where[0], torch.special.entr(law.p[won]).sum(-1).double())
+        traj.gradient[:, t].index_add_(0, where[0], law.gradient_size(token, won).double())
         if law.support is not None:
             if traj.support is None:
                 traj.support = tokens.new_zeros((N, C, law.support.shape[1]))
             traj.support[where] = law.support[won]
         if rule.order_logp and cfg.position_term == "on":
             log_choice, size = rule.order_logp(law, token, at, rank, cfg)      # Eq. 6
-            order_logp[rows, t] = log_choice.double()
-            gradient[:, t].index_add_(0, rows[row], size.double())
+            traj.order_logp[rows, t] = log_choice.double()
+            traj.gradient[:, t].index_add_(0, rows[row], size.double())
         traj.nfe[rows] += 1
-        ended = rows[((tokens[rows] == eos_id) | ~block).all(1)]
+        ends = block & ((tokens == eos_id) | (tokens == getattr(policy, "turn_id", eos_id)))[rows]
+        ended = rows[ends.any(1) & ~(open_ & (rank < 0)).any(1)]
         tokens[ended] = tokens[ended].masked_fill(tokens[ended] == mask_id, eos_id)    # no loss
         del law                                                # before the next logits are made
     return traj

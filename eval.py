@@ -103,7 +103,7 @@ def trained_on(cfg, examples: list) -> int:
         seen = set(map(key, load_split(cfg.task, *how)[0]))
     return sum(key(ex) in seen for ex in examples)
 
-def report_evaluation(task: str, name: str, settings: dict, results: list[dict], out: Path):
+def report_evaluation(task: str, name: str, about: dict, results: list[dict], out: Path):
     """The table on the screen; beside the completions the results (.json) and, of several, the
     frontier (.png)."""
     rows = []
@@ -120,7 +120,7 @@ def report_evaluation(task: str, name: str, settings: dict, results: list[dict],
         rows.append({**row, "seconds": f"{r['seconds']:.1f}"})
     print(table(rows))
     kept = [{k: v for k, v in r.items() if k not in ("completions", "grades")} for r in results]
-    files.write_json(out.with_suffix(".json"), {"settings": settings, "results": kept})
+    files.write_json(out.with_suffix(".json"), {**about, "results": kept})
     said = f"every completion with its grade: {out}"
     if len(results) > 1:
         curves = {}
@@ -134,7 +134,7 @@ def report_evaluation(task: str, name: str, settings: dict, results: list[dict],
 # ------------------------------------------------------------------------- python eval.py
 SAMPLING = ("task", "model", "data", "prompt", "system_prompt", "seed", "device", "block_length",
             "unmasking", "cache", "temperature", "top_k", "top_p", "order_score", "tau_pos",
-            "threshold", "entropy_bound", "controller", "model_block", "quantize")
+            "threshold", "entropy_bound", "controller", "model_block", "quantize", "template_args")
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
@@ -188,7 +188,7 @@ def run(given: dict, flags) -> int:
     """Complete, grade, save, print: everything that `python eval.py` does with a model."""
     need(os.environ.get("WORLD_SIZE", "1") == "1", "an evaluation is one process: without torchrun")
     cfg, shapes = settings_of(given, flags)
-    usual = {"controller": "off", "cache": "none"}
+    usual = {"controller": "off", "cache": "none", "template_args": ""}
     settings = {k: getattr(cfg, k) for k in SAMPLING if getattr(cfg, k) != usual.get(k)}
     if flags.out:                                              # before a model is opened or trained
         open_completions(Path(flags.out), settings, flags.overwrite)
@@ -202,11 +202,11 @@ def run(given: dict, flags) -> int:
         longest = dataclasses.replace(cfg, completion_length=max(shapes)[0])
         check_context(about.config, tokenizer, longest, examples)
     policy, tokenizer = open_policy(cfg)
-    settings["weights"] = saving.fingerprint(policy)
+    settings["weights"], made = saving.fingerprint(policy), files.provenance(policy)
     name = Path(cfg.model.removesuffix("/model")).name
     out = Path(flags.out or f"runs/eval-{cfg.task}-{name}-{files.digest(settings)}.jsonl")
     results = []
-    with locked_completions(out, settings, flags.overwrite) as (stored, f):
+    with locked_completions(out, settings, flags.overwrite, made) as (stored, f):
         stored = [row for row in stored if row["index"] < len(examples)]
         need(all(row["example"] == examples[row["index"]] for row in stored),
              f"{out} holds completions of other examples: --overwrite replaces them, --out "
@@ -232,7 +232,7 @@ def run(given: dict, flags) -> int:
                 right = sum(grade == 1 and held[i // k]
                             for i, grade in enumerate(results[-1]["grades"]))
                 results[-1]["held_out"] = {"solved": right / max(1, sum(held) * k), "n": sum(held)}
-    report_evaluation(cfg.task, name, settings, results, out)
+    report_evaluation(cfg.task, name, {"settings": settings, "made": made}, results, out)
     return 0
 
 def completed(policy, tokenizer, examples: list, keys: list, cfg) -> tuple[list, list, list]:
@@ -350,7 +350,7 @@ def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) 
     extra = {"controller": policy.controller} if cfg.controller != "off" else {}
     once(saving.save_model, folder / "model", policy.model, tokenizer, dataclasses.asdict(cfg),
          policy.source, policy.base, extra)
-    once(runs.report, folder, cfg, heldout, base, after, run.seconds)
+    once(runs.report, folder, cfg, heldout, base, after, run.seconds, files.provenance(policy))
     return 0
 
 def method_of(cfg, tokenizer) -> agrpo.Method:

@@ -194,6 +194,8 @@ def countdown_row(row: dict) -> dict:
         nums, target = (row[k] for k in (("input", "output") if "input" in row else
                                          ("nums", "target")))
     nums = nums.split(",") if isinstance(nums, str) else nums
+    if not 1 <= len(nums) <= 6:
+        raise ValueError(f"{len(nums)} numbers, there must be 1 to 6")
     return {"nums": [int(str(n)) for n in nums], "target": int(str(target))}   # 2.5 is refused
 
 # ----------------------------------------------------------------------------------------- GSM8K

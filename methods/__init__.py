@@ -10,8 +10,8 @@ import torch
 ROWS = {                               # table of agrpo.py: row -> file
     "METHODS": {"diffu-grpo": "diffu_grpo", "diffpo": "diffpo", "tracerl": "tracerl",
                 "dipo": "dipo"},
-    "UNMASK": dict.fromkeys(("confidence", "plackett_luce", "threshold", "entropy_bound"),
-                            "samplers"),
+    "UNMASK": dict.fromkeys(("confidence", "plackett_luce", "threshold", "entropy_bound",
+                             "left_to_right"), "samplers"),
     "TIMESTEPS": {**dict.fromkeys((
         "iid", "batch", "stratified", "stratified_entropy", "stratified_gradient", "sobol",
         "without_replacement", "without_replacement_gradient"), "samplers"),

@@ -34,7 +34,9 @@ class CachedPolicy:
 
     def __init__(self, policy, kind: str, N: int, block_length: int):
         self.policy, self.kind, self.N, self.block_length = policy, kind, N, block_length
-        self.mask_id, self.eos_id, self.blocks = policy.mask_id, policy.eos_id, policy.blocks
+        self.mask_id, self.blocks = policy.mask_id, policy.blocks
+        self.eos_id = policy.eos_id
+        self.turn_id = getattr(policy, "turn_id", policy.eos_id)
         self.block, self.kept = getattr(policy, "block", 0), {}    # layer -> keys, values
         self.came_to = torch.full((N,), -1)                    # the block at which a row was whole
 
@@ -95,7 +97,7 @@ class CachedPolicy:
         if self.kind == "block":
             if not self.kept:                                  # the prompt first
                 compute(every[:P].expand(n, -1))
-            masked = (ids == self.mask_id) & (every >= P)
+            masked = (ids == self.mask_id) & (every >= P) & (every < S)
             current = block.masked_fill(~masked, S).amin(1, keepdim=True)      # (n, 1)
             columns = pad + (current - 1) * size + torch.arange(2 * size, device=device)
             return compute(columns.masked_fill((columns < pad) | (columns >= S), S))

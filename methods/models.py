@@ -98,7 +98,8 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
     if cfg.compile == "on":
         compile_layers(net)
     policy = policy_of(net, about.mask_id, tokenizer.eos_token_id, about.family.shift, about.block)
-    policy.flex, policy.turn_id = device != "cpu", checkpoints.end_of_turn(tokenizer)
+    turn_id = checkpoints.end_of_turn(tokenizer)
+    policy.flex, policy.turn_id = device != "cpu", policy.eos_id if turn_id is None else turn_id
     policy.source, policy.base = about.folder, about.base
     if cfg.controller != "off":
         if train and cfg.controller_training == "alone":
@@ -108,6 +109,7 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
 
 def check_context(config, tokenizer, cfg, examples: list) -> int:
     """Tokens of the longest prompt. Raises BadInput if it and its completion do not fit."""
+    checkpoints.set_template_args(tokenizer, cfg.template_args)
     ids, _ = checkpoints.encode_prompts(tokenizer, [
         prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
     length = ids.shape[1]
@@ -120,8 +122,8 @@ def check_context(config, tokenizer, cfg, examples: list) -> int:
 
 def lengths(traj, policy) -> Tensor:
     """(N,) tokens before the first EOS or end of turn, where a completion ends."""
-    end = policy.eos_id if policy.turn_id is None else policy.turn_id
-    return ((traj.tokens != policy.eos_id) & (traj.tokens != end)).int().cumprod(1).sum(1)
+    end = (traj.tokens == policy.eos_id) | (traj.tokens == policy.turn_id)
+    return (~end).int().cumprod(1).sum(1)
 
 def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     """One completion per example -> trajectory, texts: the one way from an example to a text. Each

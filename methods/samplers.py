@@ -70,7 +70,11 @@ agrpo.UNMASK |= {
     "threshold": agrpo.Unmask(lambda law, token, u, cfg: ORDER_SCORE["max_prob"](law), None,
                               count_by("threshold")),
     "entropy_bound": agrpo.Unmask(lambda law, token, u, cfg: neg_entropy(law), None,
-                                  count_by("entropy_bound"))} | agrpo.UNMASK   # one's own stay
+                                  count_by("entropy_bound")),
+    # JustGRPO's (arXiv 2601.15165) where steps is completion_length: scores are equal, and ties
+    # go to the leftmost
+    "left_to_right": agrpo.Unmask(lambda law, token, u, cfg: torch.zeros_like(law.lse))
+    } | agrpo.UNMASK   # one's own stay
 
 # ------------------------------------------------------------------------ which steps: TIMESTEPS
 def iid(N: int, K: int, g) -> Tensor:

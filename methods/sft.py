@@ -25,7 +25,7 @@ def encode_answers(tokenizer, texts: list[str], C: int, policy) -> Tensor:
     tokens, unknown = torch.full((len(texts), C), policy.eos_id), tokenizer.unk_token_id
     for i, text in enumerate(texts):
         answer = tokenizer(text, add_special_tokens=False)["input_ids"]
-        answer += [] if policy.turn_id is None else [policy.turn_id]
+        answer += [policy.turn_id] if policy.turn_id != policy.eos_id else []
         need(unknown not in answer, f"the model has no token for a part of {text[:60]!r}")
         need(len(answer) <= C,
              f"--completion-length {C}: an answer has {len(answer)} tokens, {text[:60]!r}")
@@ -131,7 +131,7 @@ def sft_examples(tokenizer, cfg, examples: list, context: int, mask_id: int) -> 
                 for row in read_pairs(cfg.sft)]
     ended = end_of_turn(tokenizer) is not None
     answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
-    never = {mask_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    never = {mask_id, tokenizer.eos_token_id, tokenizer.unk_token_id, end_of_turn(tokenizer)}
     for number, (row, ids) in enumerate(zip(rows, answers), start=1):
         need(never.isdisjoint(ids),
              f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of the end, or what "

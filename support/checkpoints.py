@@ -1,67 +1,20 @@
 """Published checkpoints in stock classes of transformers, no remote code; adapters."""
 import functools
+import json
 import os
 import re
 import types
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
+from support.families import Checkpoint, read_checkpoint
 from support.files import need, read_json, refusing
+from support.templates import encode_prompts, end_of_turn, set_template_args
 
-class Family(NamedTuple):
-    """How the checkpoints of one model_type become a stock class of transformers."""
-    stock: str                         # Llama: LlamaForCausalLM, LlamaConfig
-    fields: dict                       # field of the stock config -> its names in config.json
-    fixed: dict                        # what config.json must say, where it says anything but null
-    keys: dict = {}                    # names of weights: regular expression -> stock
-    shift: bool = False                # the logits of position j stand at j - 1
-    blocks: bool = False               # attention is block-causal
-
-LLADA_FIELDS = {
-    "vocab_size": ("embedding_size", "vocab_size"), "hidden_size": ("d_model",),
-    "intermediate_size": ("mlp_hidden_size",), "num_hidden_layers": ("n_layers",),
-    "num_attention_heads": ("n_heads",), "num_key_value_heads": ("n_kv_heads", "n_heads"),
-    "rms_norm_eps": ("rms_norm_eps",), "rope_theta": ("rope_theta",),
-    "max_position_embeddings": ("max_sequence_length",), "tie_word_embeddings": ("weight_tying",)}
-LLADA_FIXED = {
-    "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True,
-    "block_group_size": 1, **dict.fromkeys((
-        "include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm",
-        "scale_logits", "input_emb_norm", "alibi", "multi_query_attention"), False)}
-LLADA_KEYS = {
-    r"^model\.transformer\.wte\.": "model.embed_tokens.",
-    r"^model\.transformer\.ln_f\.": "model.norm.", r"^model\.transformer\.ff_out\.": "lm_head.",
-    **{rf"^model\.transformer\.blocks\.(\d+)\.{published}\.": rf"model.layers.\1.{stock}."
-       for published, stock in (
-           ("q_proj", "self_attn.q_proj"), ("k_proj", "self_attn.k_proj"),
-           ("v_proj", "self_attn.v_proj"), ("attn_out", "self_attn.o_proj"),
-           ("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj"),
-           ("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"))}}
-QWEN_FIELDS = {name: (name,) for name in LLADA_FIELDS}
-QWEN3_FIELDS = {**QWEN_FIELDS, "head_dim": ("head_dim",)}
-QWEN_FIXED = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False,
-              "use_mrope": False, "attention_bias": False}
-FAMILIES = {                           # model_type of config.json
-    "llada": Family("Llama", LLADA_FIELDS, LLADA_FIXED, LLADA_KEYS),   # LLaDA-8B, LLaDA-1.5
-    "Dream": Family("Qwen2", QWEN_FIELDS, {**QWEN_FIXED, "attention_bias": True}, shift=True),
-    "sdar": Family("Qwen3", QWEN3_FIELDS, QWEN_FIXED, blocks=True),    # SDAR, TraDo
-    "a2d-qwen3": Family("Qwen3", QWEN3_FIELDS, QWEN_FIXED),            # dllm-hub's Qwen3
-    "llama": Family("Llama", QWEN_FIELDS, {"is_causal": False, **QWEN_FIXED})}     # made here
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
-
-class Checkpoint(NamedTuple):
-    """What config.json says, and where the weights are."""
-    folder: Path                       # with the weights, or only config.json so far
-    family: Family
-    config: object                     # of the stock class
-    mask_id: int | None                # None: the tokenizer knows
-    block: int                         # of the attention, 0: every token sees every token
-    adapter: Path | None = None        # the directory of an adapter on it
-    base: str = ""                     # the name of the base model, for adapters
 
 # ------------------------------------------------------------------------------------ where it is
 def in_run(folder: Path) -> Path:
@@ -104,92 +57,60 @@ def base_of(folder: Path) -> str:
          f"{folder / 'adapter_config.json'} does not name its base model")
     return base
 
-# --------------------------------------------------------------------------- what it says it is
-def read_checkpoint(folder: Path, block: int = 0, name: str = "") -> Checkpoint:
-    """config.json of a directory -> what is known without weights; `block` overrides the file's.
-    Raises BadInput: what was found and what is supported."""
-    import transformers                # seconds to import: after the checks
-    where, path = f"--model {name or folder}", folder / "config.json"
-    need(path.is_file(), f"{where}: no config.json there; give 'tiny', a checkpoint directory, or "
-         "the hub's owner/name")
-    known = read_json(path)
-    kind, mask_id = known.get("model_type"), known.get("mask_token_id")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    need(family and (kind != "llama" or mask_id is not None),
-         f"{where}: model_type {kind!r} with mask_token_id {mask_id!r}; supported are masked "
-         f"diffusion models of type {', '.join(FAMILIES)}")
-    rope = known.get("rope_parameters")                        # as transformers 5 writes it
-    known = {**(rope if isinstance(rope, dict) else {}), **known}
-    for field, value in {**family.fixed, "rope_type": "default"}.items():
-        found = known.get(field)
-        need(found in (None, value),
-             f"{where}: {field} {found!r} is not supported, only {value!r}")
-    fields = {}
-    for field, names in family.fields.items():
-        value = next((known[n] for n in names if known.get(n) is not None), None)
-        tied = field == "tie_word_embeddings"
-        need(tied or type(value) in (int, float) and value > 0,
-             f"{where}: its config.json has {' or '.join(names)} {value!r}")
-        fields[field] = bool(value) if tied else value
-    V = fields["vocab_size"]
-    need(mask_id is None or type(mask_id) is int and 0 <= mask_id < V,
-         f"{where}: mask_token_id {mask_id!r} in a vocabulary of {V}")
-    rope = {"rope_type": "default", "rope_theta": float(fields.pop("rope_theta"))}
-    with refusing(where):              # a pad_token_id would take the gradient of its row away
-        config = getattr(transformers, family.stock + "Config")(
-            **fields, rope_parameters=rope, pad_token_id=None, bos_token_id=None,
-            eos_token_id=None, use_cache=False)
-    config.is_causal, config.mask_token_id = False, mask_id
-    if family.blocks or kind == "llama":
-        block = block or known.get("block_size", 0 if kind == "llama" else None)
-    need(type(block) is int and block >= family.blocks,
-         f"{where}: a block-causal model whose config.json does not give block_size: give "
-         "--model-block (SDAR and TraDo: 4)")
-    return Checkpoint(folder, family, config, mask_id, block)
+# --------------------------------------------------------------------- its tokenizer and prompts
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer can be read there; its settings alone do not make one."""
+    there = [(folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    return there[0] or all(there[1:])
 
 def load_tokenizer(folder: Path):
     """By its own files alone: published classes need remote code. Raises BadInput."""
     import transformers
-    kind = transformers.PreTrainedTokenizerFast
     with refusing(f"--model {folder}: its tokenizer cannot be read"):
-        if not (folder / "tokenizer.json").is_file():
-            kind = transformers.Qwen2Tokenizer                 # Dream's
-            if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-                raise FileNotFoundError("there is neither tokenizer.json nor vocab.json with "
-                                        "merges.txt")
-        return kind.from_pretrained(folder, trust_remote_code=False)
+        if not has_tokenizer(folder):
+            raise FileNotFoundError("there is neither tokenizer.json nor vocab.json with "
+                                    "merges.txt")
+        plain = (folder / "tokenizer.json").is_file()          # Dream's is not
+        kind = transformers.PreTrainedTokenizerFast if plain else transformers.Qwen2Tokenizer
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
+        path = folder / "special_tokens_map.json"              # which transformers may not read
+        named = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name in ("mask_token", "eos_token"):
+            token = named.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token and getattr(tokenizer, name) is None:     # not in the vocabulary: its next id
+                tokenizer.add_special_tokens({name: token})
+        return tokenizer
 
-def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple:
-    """(user message, what the completion is made to begin with), through the tokenizer's chat
-    template -> ids and mask (N, P), left padded."""
-    texts = [tokenizer.apply_chat_template([{"role": "user", "content": message}],
-                                           add_generation_prompt=True, tokenize=False) + begin
-             for message, begin in prompts]
-    out = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
-                    return_tensors="pt")
-    return out["input_ids"], out["attention_mask"]
-
-def end_of_turn(tokenizer) -> int | None:
-    """The special token, other than EOS, that the chat template writes after an answer."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {
-        "role": "assistant", "content": "ANSWER"}], tokenize=False)
-    after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"][:1]
-    special = after and after[0] in tokenizer.added_tokens_decoder
-    return after[0] if special and after[0] != tokenizer.eos_token_id else None
+def saved_settings(model: str) -> dict:
+    """What a model was trained with here; {} if it was not."""
+    path = in_run(Path(model)) / "agrpo.json"
+    known = read_json(path) if path.is_file() else {}
+    for kind, names in ((str, "task prompt system_prompt controller eval_steps template_args"),
+                        (int, "completion_length block_length eval_length eval_block_length "
+                              "model_block")):
+        for name in set(names.split()) & known.keys():
+            need(type(known[name]) is kind, f"{path}: {name} is {known[name]!r}")
+    return known
 
 def open_checkpoint(model: str, block: int = 0, weights: bool = False):
     """What is known of a model without its weights -> Checkpoint, tokenizer. Raises BadInput."""
     folder, adapter, base = find_folder(model, weights), None, model
+    trained = saved_settings(str(folder))
     if (folder / "adapter_config.json").is_file():
         adapter, base = folder, base_of(folder)
         folder = find_folder(base, weights)
-    about = read_checkpoint(folder, block, model)
-    tokenizer = load_tokenizer(adapter or folder)
+    about = read_checkpoint(folder, block or trained.get("model_block", 0), model)
+    tokenizer = load_tokenizer(adapter if adapter and has_tokenizer(adapter) else folder)
     named = [i for token, i in tokenizer.get_added_vocab().items() if "mask" in token.lower()]
     known = (about.mask_id, tokenizer.mask_token_id, *(named if len(named) == 1 else ()))
     mask_id = next((i for i in known if i is not None), None)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masked, whatever it is
+    reads = str(tokenizer.chat_template or "")
+    if not trained or "template_args" in trained:              # earlier ones were trained without
+        tokenizer.template_args = {k: v for k, v in about.family.template.items() if k in reads}
     with refusing(f"--model {model}"):                         # a broken template
+        set_template_args(tokenizer, trained.get("template_args", ""))
         if encode_prompts(tokenizer, [("1", "")])[0].numel() == 0:
             raise ValueError("its chat template makes nothing of a message")
         end_of_turn(tokenizer)
@@ -197,8 +118,8 @@ def open_checkpoint(model: str, block: int = 0, weights: bool = False):
         need(token is not None and token < about.config.vocab_size,
              f"--model {model}: neither its config.json nor its tokenizer gives a {name} token of "
              "its vocabulary")
-    need(mask_id != tokenizer.eos_token_id,
-         f"--model {model}: its mask token is its end-of-sequence token, {mask_id}")
+    need(mask_id not in (tokenizer.eos_token_id, end_of_turn(tokenizer)),
+         f"--model {model}: its mask token, {mask_id}, is the end of a sequence or turn")
     return about._replace(mask_id=mask_id, adapter=adapter, base=base), tokenizer
 
 # ----------------------------------------------------------------------------------- its weights
@@ -226,6 +147,10 @@ def load_model(about: Checkpoint, dtype, quantize: str = "", device: str = "cpu"
     need(not problems, f"--model {about.folder}: weights do not fit: {problems}")
     return model
 
+def stock_name(name: str, keys: dict) -> str:
+    """A weight's name in the published class -> in the stock class."""
+    return next((re.sub(old, new, name) for old, new in keys.items() if re.match(old, name)), name)
+
 def head_is_tied(about: Checkpoint) -> bool:
     """False if the files hold output weights that differ from the embeddings (from_pretrained would
     take no notice)."""
@@ -234,8 +159,7 @@ def head_is_tied(about: Checkpoint) -> bool:
     for file in sorted(about.folder.glob("*.safetensors")):
         with safe_open(file, "pt") as f:
             for name in f.keys():
-                stock = next((re.sub(old, new, name) for old, new in about.family.keys.items()
-                              if re.match(old, name)), name)
+                stock = stock_name(name, about.family.keys)
                 if stock in ("lm_head.weight", "model.embed_tokens.weight"):
                     found[stock] = f.get_tensor(name)
     return len(found) < 2 or torch.equal(*found.values())
@@ -245,13 +169,14 @@ def load_network(model: str, device: str, cfg, train: bool) -> tuple:
     adapters if cfg.lora_rank, else all of it in float32; what is not trained is bfloat16 on a GPU.
     Raises BadInput unless it is a masked diffusion model of FAMILIES, every weight found."""
     about, tokenizer = open_checkpoint(model, cfg.model_block, weights=True)
+    set_template_args(tokenizer, cfg.template_args)
     full = train and not cfg.lora_rank
     half = torch.device(device).type == "cuda" and not full
     net = load_model(about, torch.bfloat16 if half else torch.float32, cfg.quantize, device)
     if half and not about.config.tie_word_embeddings:
         net.get_output_embeddings().float()                    # once, not in every call of logits
     if about.adapter:
-        net = load_adapter(net, about.adapter, trainable=train and not full)
+        net = load_adapter(net, about, trainable=train and not full)
         net = net.merge_and_unload().requires_grad_(True) if full else net
     elif train and not full:
         net = add_adapter(net, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
@@ -285,7 +210,9 @@ def lean(net):
 def adapted(self, x):
     """One adapter, unmerged, without dropout; whatever else there is, is peft's own to compute."""
     active = [name for name in self.active_adapters if name in self.lora_A]
-    if self.disable_adapters or self.merged or len(active) != 1:
+    plain = len(active) == 1 and active[0] not in self.lora_variant and (      # no DoRA
+        self.lora_B[active[0]].bias is None)
+    if self.disable_adapters or self.merged or not plain:
         return type(self).forward(self, x)
     A, B = (part[active[0]].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
     y, low = self.base_layer(x), torch.nn.functional.linear(x, A)
@@ -308,23 +235,50 @@ def add_adapter(model, rank: int, alpha: float, seed: int, name: str = "default"
             return model.add_adapter(name, config)
         return peft.get_peft_model(model, config, adapter_name=name)
 
-def load_adapter(model, folder: Path, trainable: bool):
-    """A saved adapter on its base. Raises BadInput if a weight of it finds no place."""
+def load_adapter(model, about: Checkpoint, trainable: bool):
+    """A saved adapter on its base; one that was trained on the published class is renamed, as the
+    weights of the base are. Raises BadInput if a weight of it finds no place."""
     import peft
     from safetensors import safe_open
-    path = folder / "adapter_model.safetensors"
+    folder, keys = about.adapter, about.family.keys
+    path, config = folder / "adapter_model.safetensors", None
     with refusing(f"--model {folder}: adapter"):
         if not path.is_file():
             raise FileNotFoundError("there is no adapter_model.safetensors")
+        with safe_open(path, "pt") as f:
+            published = list(f.keys())
+        prefix = "base_model.model."
+        stock = [prefix + stock_name(name.removeprefix(prefix), keys) for name in published]
+        if stock != published:
+            config = on_stock_class(peft.PeftConfig.from_pretrained(folder), stock)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        with safe_open(path, "pt") as f:
-            left = set(f.keys()) ^ set(peft.get_peft_model_state_dict(
-                model, save_embedding_layers=False))
+            model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable,
+                                                   config=config, key_mapping=keys or None)
+        if getattr(model.active_peft_config, "alora_invocation_tokens", None):
+            raise ValueError("an adapter that acts behind its own tokens alone is not supported")
+        head = model.get_output_embeddings()
+        if hasattr(head, "lora_A"):                            # Policy.logits reads its weight
+            if trainable:
+                raise ValueError("an adapter on the output head is not trained here: --merge first")
+            head.merge()
+        left = set(stock) ^ set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
         if left:
             raise ValueError(f"weights do not fit: {sorted(left)[:3]}")
         return model
+
+def on_stock_class(config, stock: list[str]):
+    """adapter_config.json of an adapter trained on the published class: its modules are those that
+    it has weights for, by their stock names. Raises ValueError for what names other modules."""
+    for field in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters",
+                  "trainable_token_indices"):
+        if getattr(config, field, None):
+            raise ValueError(f"its weights have the names of the published class, and its {field} "
+                             "cannot be renamed: merge it there, and give the merged checkpoint")
+    config.target_modules = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0]
+                                    for name in stock})
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    return config
 
 def adapter_shape(folder: Path) -> dict:
     """lora_rank and lora_alpha of an adapter directory. Raises BadInput."""

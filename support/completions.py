@@ -9,6 +9,7 @@ import numpy as np
 
 from rewards import TASKS, BadInput, grade
 from support.files import need, refusing, write_atomically
+from support.processes import say
 from support.runs import percent, table
 
 HEADER = '{"settings": '               # how the first line of our files begins
@@ -41,17 +42,20 @@ def open_completions(path: Path, settings: dict, overwrite: bool) -> list[dict]:
                 return []
     known, rows = read_completions(path)
     need(known, f"--out {path}: there is such a file, and this program did not make it")
-    need(all(isinstance(row, dict) and {"index", "sample", "completion", "example"} <= row.keys()
+    kinds = {"index": int, "sample": int, "nfe": int, "tokens": int, "completion": str,
+             "example": dict}
+    need(all(isinstance(row, dict) and all(type(row.get(k)) is kind for k, kind in kinds.items())
              for row in rows), f"cannot read {path}: not every line holds a completion")
-    other = ", ".join(k for k in settings if known.get(k) != settings[k])
+    names = [k for k in {**known, **settings} if k in settings or k != "weights"]   # opened later
+    other = ", ".join(k for k in names if known.get(k) != settings.get(k))
     need(overwrite or not other, f"{path} was made with another {other}: --overwrite replaces it, "
          "--out FILE.jsonl goes elsewhere")
     return [] if overwrite else rows
 
 @contextlib.contextmanager
-def locked_completions(path: Path, settings: dict, overwrite: bool):
-    """The rows of `open_completions` and the file to append to, for one process at a time. Raises
-    BadInput."""
+def locked_completions(path: Path, settings: dict, overwrite: bool, made: dict):
+    """The rows of `open_completions` and the file to append to, for one process at a time; a new
+    one begins with the settings and `made` (files.provenance). Raises BadInput."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as f:
         try:
@@ -61,8 +65,15 @@ def locked_completions(path: Path, settings: dict, overwrite: bool):
         rows = open_completions(path, settings, overwrite)
         f.truncate(path.read_bytes().rfind(b"\n") + 1 if rows else 0)      # whole lines
         if not rows:
-            f.write(json.dumps({"settings": settings}) + "\n")
+            f.write(json.dumps({"settings": settings, "made": made}) + "\n")
         f.flush()
+        with open(path, encoding="utf-8") as begun:
+            was = json.loads(begun.readline()).get("made")
+        was = was if isinstance(was, dict) else made           # files of before do not say
+        other = [f"{was.get(k)} -> {made[k]}" for k in ("device", "dtype", "torch", "transformers")
+                 if was.get(k) != made[k]]
+        if other:
+            say(f"note: {path} was begun with another device or version: {', '.join(other)}")
         yield rows, f
 
 def wilson(solved: int, n: int, z: float = 1.96) -> list[float]:

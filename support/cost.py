@@ -12,6 +12,8 @@ import torch
 from rewards import BadInput
 
 SMALL = 1e9                            # parameters up to which a model may run without a GPU
+LAUNCH = 2.75e-3                       # seconds in which the CPU starts a layer's kernels: an
+                                       # H200's machine, 28 layers of any width (assets/gpu.csv)
 
 def heads_of(config) -> tuple[int, int]:
     """Width of the queries and of the keys."""
@@ -32,9 +34,10 @@ def adapter_count(config, rank: int) -> int:
 
 def estimate(config, cfg, prompt_length: int, half: bool) -> dict:
     """Of a training step: gigabytes of memory per process (weights; trained: gradients and AdamW's
-    moments, and of adapters themselves; rollout, update: what each adds at its peak) and floating
-    point operations of all processes (rollout_flops, update_flops of a step, eval_flops of an
-    evaluation of the held-out examples).
+    moments, and of adapters themselves; rollout, update: what each adds at its peak) and, of all
+    processes, floating point operations and layers started, a backward pass counting as two
+    (rollout_flops, update_flops of a step, eval_flops of an evaluation of the held-out examples;
+    rollout_layers and so on).
 
     How many tensors a layer and the sampler hold at once was fitted to measured peaks, and checked
     on other shapes (tests/measure/memory.py)."""
@@ -56,7 +59,8 @@ def estimate(config, cfg, prompt_length: int, half: bool) -> dict:
     layer = width * (8 * h + 4 * inner) + 8 * h * half         # bytes a token in a backward pass
     again = cfg.gradient_checkpointing == "on"
     kept = width * h if again else layer
-    update = max(1, cfg.tokens_per_pass // S) * (S * layers * kept + max(
+    at_once = max(1, cfg.tokens_per_pass // S)
+    update = at_once * (S * layers * kept + max(
         S * layer * again, L * V * 4 * (1.6 if cfg.top_k else 4.2)))
     update += 2 * base * (half and not frozen)                 # autocast's copies of the weights
     if not cfg.sft:                                            # a second model, and a third
@@ -71,12 +75,24 @@ def estimate(config, cfg, prompt_length: int, half: bool) -> dict:
     forwards, evaluated = 3 - frozen + again, prompt_length + (cfg.eval_length or C)
     memory = {"weights": weights, "trained": trained, "rollout": rollout, "update": update,
               "total": weights + trained + max(rollout, update)}
-    calls = cfg.eval_examples * sum(map(int, cfg.eval_steps.split(",")))
+    scored, evaluations = states_scored(cfg), sum(map(int, cfg.eval_steps.split(",")))
+    batches = [0 if cfg.sft else math.ceil(cfg.prompts * cfg.completions / rows),
+               math.ceil(cfg.eval_examples / cfg.rollout_batch)]
     return {**{k: v / 1e9 for k, v in memory.items()},
             "rollout_flops": 0 if cfg.sft else cfg.prompts * cfg.completions * (
                 computed * token + cfg.steps * head),
-            "update_flops": states_scored(cfg) * (forwards * S * token + 3 * head),
-            "eval_flops": calls * (evaluated * (body + 4 * evaluated * h * layers) + head)}
+            "update_flops": scored * (forwards * S * token + 3 * head),
+            "eval_flops": cfg.eval_examples * evaluations * (
+                evaluated * (body + 4 * evaluated * h * layers) + head),
+            "rollout_layers": layers * batches[0] * cfg.steps,
+            "update_layers": layers * math.ceil(scored / at_once) * (3 + again),
+            "eval_layers": layers * batches[1] * evaluations}
+
+def seconds(cost: dict, part: str, rate: float, processes: int = 1, gpu: bool = True) -> float:
+    """Of "rollout", "update" or "eval" by such an estimate: 40 % of the matmul rate, or what the
+    CPU needs to start a GPU's kernels, whichever takes longer."""
+    launched = LAUNCH * cost[f"{part}_layers"] * gpu
+    return max(cost[f"{part}_flops"] / (0.4 * rate), launched) / processes
 
 def states_scored(cfg) -> float:
     """Forward and backward passes over a prompt and a completion in a training step."""
@@ -112,9 +128,10 @@ def with_checkpointing(config, cfg, prompt_length: int, device: str):
 
 def announce(config, cfg, prompt_length: int, device: str, processes: int) -> str:
     """The estimate in words. Raises BadInput if weights and optimizer alone do not fit the GPU."""
-    cost = estimate(config, cfg, prompt_length, device.startswith("cuda"))
-    rate = 0.4 * matmul_rate(device) * processes
-    rollout, update, evaluation = (cost[f"{k}_flops"] / rate for k in ("rollout", "update", "eval"))
+    gpu, rate = device.startswith("cuda"), matmul_rate(device)
+    cost = estimate(config, cfg, prompt_length, gpu)
+    rollout, update, evaluation = (
+        seconds(cost, part, rate, processes, gpu) for part in ("rollout", "update", "eval"))
     step, steps = rollout + update, cfg.max_steps
     size = {k: f"{v:.1f} GB" if v >= 1 else f"{1e3 * v:.0f} MB" for k, v in cost.items()}
     text = (f"estimate: {size['total']} of memory beyond torch's own (weights {size['weights']}, "

@@ -3,6 +3,10 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -56,6 +60,21 @@ def read_json(path: Path, kind: type = dict):
 def write_json(path: Path, value):
     """Indented, whole or not at all."""
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+def provenance(model) -> dict:
+    """What figures depend on beside their settings: device, precision of most weights, versions,
+    commit ("" without git), command. The same code can be points apart on two kinds of GPU."""
+    import transformers
+    weight, commit = next(model.parameters()), ""
+    cpu = f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(
+            ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty"],
+            capture_output=True, text=True, timeout=10).stdout.strip()
+    return {"device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else cpu,
+            "dtype": str(weight.dtype).removeprefix("torch."), "torch": torch.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(),
+            "commit": commit, "command": shlex.join(["python", *sys.argv])}
 
 def digest(value) -> str:
     """Eight letters that change when a value that JSON holds does."""

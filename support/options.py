@@ -16,10 +16,12 @@ import torch
 
 from rewards import TASKS, BadInput
 from support.checkpoints import (adapter_shape, base_of, check_model_exists, in_run,
-                                 open_checkpoint)
+                                 open_checkpoint, saved_settings)
 from support.cost import SMALL, parameter_count
 from support.data import check_files
 from support.files import need, read_json
+from support.templates import (read_template_args, set_template_args, template_args,
+                               write_template_args)
 
 TINY = ("tiny", "tiny-block")          # models made here
 LLADA = "GSAI-ML/LLaDA-8B-Instruct"    # what the tasks without a tiny model start from
@@ -39,6 +41,7 @@ class Run:
     name: str = ""                     # of the folder runs/NAME; default: TASK-METHOD-seedSEED
     prompt: str = ""                   # bare, agrpo, d1; default: as trained here, else agrpo
     system_prompt: str = ""            # instructions in place of the prompt's own
+    template_args: str = ""            # of its chat template: enable_thinking=true, or none
     rollout_batch: int = 256           # completions denoised at once: memory, never the gradient
     save_every: int = 1                # steps between checkpoints
     eval_every: int = 20               # steps between points of the held-out curve; 0: off
@@ -134,8 +137,12 @@ def read_flags(prog: str, text: str, owners: dict, argv: list[str], settled=None
         what = [line for line in lines if line][1:2] or ["bad flags"]      # below its title
         raise BadInput(f"{what[0]} (--help lists the flags)") from None
     names = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
-    return {name: value for group in vars(found).values() for name, value in vars(group).items()
-            if name in names}
+    given = {name: value for group in vars(found).values() for name, value in vars(group).items()
+             if name in names}
+    if given.get("template_args"):                             # one spelling of each
+        known = read_template_args(given["template_args"])
+        given["template_args"] = write_template_args(known)
+    return given
 
 def subset(owners: list[type], names: tuple, defaults: dict) -> type:
     """A dataclass of some of their settings, with their comments and other defaults."""
@@ -167,16 +174,6 @@ def made_here(model: str) -> str:
     known = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     tiny = "tiny-block" if known.get("block_size") else "tiny"
     return tiny if known.get("model_type") == "llama" else ""
-
-def saved_settings(model: str) -> dict:
-    """What a model was trained with here; {} if it was not."""
-    path = in_run(Path(model)) / "agrpo.json"
-    known = read_json(path) if path.is_file() else {}
-    for kind, names in ((str, "task prompt system_prompt controller eval_steps"),
-                        (int, "completion_length block_length eval_length eval_block_length")):
-        for name in set(names.split()) & known.keys():
-            need(type(known[name]) is kind, f"{path}: {name} is {known[name]!r}")
-    return known
 
 def before_flags(given: dict, published: dict) -> dict:
     """What the task, the kind of model, the method (published: as it is in the literature), the
@@ -228,7 +225,16 @@ def with_model(cfg, given: dict):
         return dataclasses.replace(cfg, **{k: v for k, v in settings.items() if k not in given})
     need(cfg.model != "tiny" or not cfg.model_block,
          "--model-block: the model tiny attends both ways, tiny-block in blocks")
-    about = None if cfg.model in TINY else open_checkpoint(cfg.model, cfg.model_block)[0]
+    about = None
+    if cfg.model not in TINY:
+        about, tokenizer = open_checkpoint(cfg.model, cfg.model_block)
+        set_template_args(tokenizer, cfg.template_args)
+        cfg = dataclasses.replace(cfg, template_args=cfg.template_args or template_args(
+            tokenizer, about.family))
+        need(tokenizer.chat_template or cfg.prompt == "bare" or cfg.sft
+             or cfg.prompt == saved_settings(cfg.model).get("prompt"),
+             f"--model {cfg.model} has no chat template: --prompt bare gives it the statements as "
+             "plain text, --sft gold or --sft FILE trains it on plain text first")
     block = about.block if about else tiny_block(cfg)
     if about and about.adapter and cfg.lora_rank:
         own = adapter_shape(about.adapter)

@@ -56,20 +56,28 @@ def countdown_solve(nums: list, target: int) -> str | None:
     """An expression for the target: sums and differences, in the given order, where possible.
     >>> countdown_solve([3, 4, 2], 14), countdown_solve([30, 100, 93], 23), countdown_solve([3], 7)
     ('2*(3+4)', '30-100+93', None)"""
-    for order in itertools.permutations(nums):
-        for signs in itertools.product((1, -1), repeat=len(nums) - 1):
-            terms = [order[0], *map(operator.mul, signs, order[1:])]
-            if sum(terms) == target:
-                return "".join(f"{term:+}" for term in terms).removeprefix("+")
+    for signs in itertools.product((1, -1), repeat=len(nums)):
+        terms = [*map(operator.mul, signs, nums)]
+        if sum(terms) == target and 1 in signs:
+            terms.insert(0, terms.pop(signs.index(1)))         # a minus cannot stand first
+            return "".join(f"{term:+}" for term in terms).removeprefix("+")
+    failed = set()                                             # numbers that do not make the target
 
     def search(pool):                                      # merges any two until one is left
         if len(pool) == 1:
             return pool[0][0] if pool[0][1] == target else None
-        for (i, (a, x)), (j, (b, y)) in itertools.permutations(enumerate(pool), 2):
-            rest = [pair for k, pair in enumerate(pool) if k not in (i, j)]
-            for op, value in zip("+-*/", (x + y, x - y, x * y, x / y if y else None)):
-                if value is not None and (found := search([*rest, (f"({a}{op}{b})", value)])):
+        if (numbers := tuple(sorted(x for _, x in pool))) in failed:
+            return None
+        for i, j in itertools.combinations(range(len(pool)), 2):
+            (a, x), (b, y), rest = pool[i], pool[j], [*pool[:i], *pool[i + 1:j], *pool[j + 1:]]
+            made = [(f"({a}+{b})", x + y), (f"({a}-{b})", x - y), (f"({a}*{b})", x * y),
+                    (f"({b}-{a})", y - x)]
+            made += [(f"({a}/{b})", x / y)] if y else []
+            made += [(f"({b}/{a})", y / x)] if x else []
+            for pair in made:
+                if found := search([*rest, pair]):
                     return found
+        failed.add(numbers)
     found = search([(str(n), Fraction(n)) for n in nums])
     return found and found[1:-1]
 

@@ -13,7 +13,7 @@ from support.files import need
 from support.options import (APPROXIMATE, CONTROLLED, PRESETS, TINY, device_for, flag,
                              for_evaluation, numbers)
 
-NOT_RANDOM = ("low_confidence", "confidence", "threshold", "entropy_bound")    # greedy: no sample
+NOT_RANDOM = ("low_confidence", "confidence", "threshold", "entropy_bound", "left_to_right")
 WITHOUT_DRAWS = ("exact", "diffu-grpo", "diffpo", "tracerl", "dipo")   # of the methods here
 CHOICES = {
     "task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
@@ -51,6 +51,7 @@ GOES_WITH = (                          # settings, and what they act with only
      "clip_high advantage kl kl_reference inner_epochs completions reward_weights overlong_penalty",
      "RL, not with --sft", lambda c: not c.sft),
     ("system_prompt", "--prompt agrpo or d1"),
+    ("template_args", "a chat template, not with --model tiny", lambda c: c.model not in TINY),
     ("base_steps base_batch base_lr base_lazy base_hidden base_layers",
      "--model tiny or tiny-block"),
     ("train_examples", "generated examples, not with --data",

@@ -280,7 +280,7 @@ def learner(cfg) -> str:
         return "the controller"
     return "AGRPO" if cfg.method == "agrpo" else cfg.method
 
-def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds: dict):
+def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds: dict, made: dict):
     """What a finished run leaves: samples.txt, curve.png, frontier.png, summary.json, the table on
     the screen. base, trained: results of eval.evaluate, one per number of steps, headline first."""
     samples = [f"{cfg.task}, greedy, {base[0]['steps']} denoising steps; + marks a solved one\n"]
@@ -300,7 +300,7 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
         "seed": cfg.seed, "base": before, "trained": after,
         "by_steps": [{"steps": b["steps"], "nfe": t["nfe"], "base": b["solved"],
                       "trained": t["solved"], "base_nfe": b["nfe"]} for b, t in zip(base, trained)],
-        "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
+        "seconds": seconds, "peak_memory_mb": peak_memory_mb(), "made": made})
     print(f"\n{cfg.task}, {base[0]['n']} held-out examples, greedy: solved (95 % interval)")
     lines = []
     for b, t in zip(base, trained):

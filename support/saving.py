@@ -93,7 +93,7 @@ def merge(model: str, block: int, out: str):
     about, tokenizer = open_checkpoint(model, block, weights=True)
     adapter = about.adapter
     need(adapter, f"--merge: {model} holds no adapter; give the trained model: --model runs/NAME")
-    net = load_adapter(load_model(about, stored_dtype(about.folder)), adapter, trainable=False)
+    net = load_adapter(load_model(about, stored_dtype(about.folder)), about, trainable=False)
     try:
         with replacing(path) as partial:
             save_weights(net.merge_and_unload(), tokenizer, partial, about.folder)

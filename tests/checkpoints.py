@@ -25,12 +25,18 @@ QWEN_CHAT = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-# mask, end, start, and the rest of the special tokens
+QWEN3_CHAT = QWEN_CHAT.removesuffix("{% endif %}") + (
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+# mask, end, start, and the rest of the special tokens; of iLLaDA's only the mask is known here
 SPECIAL = {"llada": ("<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|start_header_id|>",
                      "<|end_header_id|>", "<|eot_id|>"),
            "Dream": ("<|mask|>", "<|endoftext|>", "<|beginoftext|>", "<|im_start|>", "<|im_end|>"),
            "sdar": ("<|MASK|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-           "a2d-qwen3": ("<|mask|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+           "illada": ("<[MASK]>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+           "a2d-qwen3": ("<|mask|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+           "a2d-qwen2": ("<|mask|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+A2D, BIASED = ("a2d-qwen3", "a2d-qwen2"), ("Dream", "a2d-qwen2")      # biased: q, k and v
 # published names, of Qwen's kind and of LLaDA's: of a layer attention's norm, query, key, value,
 # output, the MLP's norm, gate, up, down; embedding, last norm, head; config.json's numbers
 LAYERS = "model.layers", "model.transformer.blocks"
@@ -57,15 +63,16 @@ def write_tokenizer(folder, family, corpus=(), size=300):
     core.train_from_iterator(corpus or ["how many apples are left? #### 72"] * 2, trainer)
     mask, end, *rest = special
     named = {"eos_token": end, "pad_token": end}
-    if family != "a2d-qwen3":
+    if family not in A2D:
         named["bos_token"] = rest[0]
-    if family == "llada":                              # its tokenizer does not say which it is
+    if family in ("llada", "illada"):                  # the tokenizer does not say which it is
         rest.append(mask)
     else:
         named["mask_token"] = mask
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=rest,
                                         **named)
-    tokenizer.chat_template = LLADA_CHAT if family == "llada" else QWEN_CHAT
+    tokenizer.chat_template = {"llada": LLADA_CHAT, "a2d-qwen3": QWEN3_CHAT,
+                               "sdar": QWEN3_CHAT}.get(family, QWEN_CHAT)
     ids = tokenizer.convert_tokens_to_ids([mask, end])
     tokenizer.save_pretrained(folder)
     if family == "Dream":              # vocab.json, merges.txt, a class that transformers lacks
@@ -98,7 +105,8 @@ def config_of(family, V, mask_id, eos_id, h, layers, heads, kv, inner, length, t
             "pad_token_id": eos_id, "rms_norm_eps": 1e-5, "rope": True,
             "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False,
             "torch_dtype": "float32", "use_cache": False, "vocab_size": V, "weight_tying": tied}
-    name = {"Dream": "DreamModel", "sdar": "SDARForCausalLM", "a2d-qwen3": "A2DQwen3LMHeadModel"}
+    name = {"Dream": "DreamModel", "sdar": "SDARForCausalLM", "illada": "ILLaDAForCausalLM",
+            "a2d-qwen3": "A2DQwen3LMHeadModel", "a2d-qwen2": "A2DQwen2LMHeadModel"}
     config = {
         "architectures": [name[family]], "auto_map": {"AutoModel": f"modeling.{name[family]}"},
         "attention_dropout": 0.0, "bos_token_id": eos_id, "eos_token_id": eos_id,
@@ -111,6 +119,11 @@ def config_of(family, V, mask_id, eos_id, h, layers, heads, kv, inner, length, t
         "use_sliding_window": False, "vocab_size": V}
     if family == "Dream":
         return config | {"mask_token_id": mask_id, "pad_token_id": eos_id, "use_mrope": False}
+    if family == "illada":
+        return config | {"attention_bias": False, "mlp_bias": False, "layer_norm_eps": None,
+                         "resid_pdrop": 0.0, "pad_token_id": eos_id}
+    if family == "a2d-qwen2":
+        return config | {"layer_types": ["full_attention"] * layers, "use_mrope": False}
     config |= {"attention_bias": False, "head_dim": 2 * h // heads}    # need not add up to h
     if family == "sdar":
         config |= {"attn_implementation": "flex_attention", "block_size": 4, "debug": False,
@@ -119,14 +132,17 @@ def config_of(family, V, mask_id, eos_id, h, layers, heads, kv, inner, length, t
 
 
 def write_checkpoint(folder, family, seed=0, h=32, layers=2, heads=4, kv=2, inner=48, length=2048,
-                     tied=None, corpus=(), size=300, shards=2, extra=0):
+                     tied=None, corpus=(), size=300, shards=2, extra=0, block=0):
     """A directory as the family publishes it, random weights from the seed; `extra` embedding rows
-    beyond the tokenizer. -> weights by published name, config."""
+    beyond the tokenizer; `block`: a block_size in config.json. -> weights by published name,
+    config."""
     folder, llada = Path(folder), family == "llada"
     folder.mkdir(parents=True)
     mask_id, eos_id = write_tokenizer(folder, family, corpus, size)
-    V, tied = max(mask_id, eos_id) + 10 + extra, (family == "a2d-qwen3") if tied is None else tied
+    V, tied = max(mask_id, eos_id) + 10 + extra, (
+        family in (*A2D, "illada")) if tied is None else tied
     config = config_of(family, V, mask_id, eos_id, h, layers, heads, kv, inner, length, tied)
+    config |= {"block_size": block} if block else {}
     g, d = torch.Generator().manual_seed(seed), config.get("head_dim", h // heads)
 
     def normal(*shape):
@@ -144,7 +160,7 @@ def write_checkpoint(folder, family, seed=0, h=32, layers=2, heads=4, kv=2, inne
             weight = normal(*shape) if len(shape) == 2 else scale(h)
             weights[f"{LAYERS[llada]}.{i}.{name}.weight"] = weight
         at = f"{LAYERS[llada]}.{i}.self_attn"
-        if family == "Dream":
+        if family in BIASED:
             for name, n in (("q_proj", heads), ("k_proj", kv), ("v_proj", kv)):
                 weights[f"{at}.{name}.bias"] = 0.3 * torch.randn(n * d, generator=g)
         if family in ("sdar", "a2d-qwen3"):

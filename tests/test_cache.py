@@ -97,7 +97,7 @@ def test_a_cached_rollout_records_the_log_probs_of_the_librarys_own_cache(kind):
 @pytest.mark.parametrize("unmasking", ["low_confidence", "threshold"])
 def test_rows_that_stand_at_different_blocks_do_not_mind_one_another(kind, unmasking):
     policy, (prompt, mask) = sharp(), prompts(7, 5, 1, 6)
-    policy.eos_id = 9                  # some rows finish early
+    policy.eos_id, policy.turn_id = 6, 7                       # some rows finish early
     cfg = dataclasses.replace(CFG, cache=kind, unmasking=unmasking, threshold=0.2, steps=12)
     traj = cached_rollout(policy, cfg, 7, 5, 1, 6)
     assert unmasking == "low_confidence" or len(traj.nfe.unique()) > 1
@@ -331,6 +331,7 @@ def test_steps_that_were_certain_cost_no_pass_and_change_no_gradient(method):
 
 def test_passes_fill_their_tokens_with_the_longest_prompts_first():
     policy, (prompt, mask) = sharp(), prompts(9, 3, 7, 5, 8)
+    policy.eos_id = policy.turn_id = -1                        # no row finishes early
     traj = agrpo.rollout(policy, prompt, mask, CFG, [(i,) for i in range(5)])
     views = agrpo.exact_views(traj, None, CFG, policy.mask_id, None)
 
@@ -410,3 +411,15 @@ def test_a_run_with_a_cache_logs_its_weights_and_resumes_to_the_bit(here, monkey
     same = [i for i, name in enumerate(one[0]) if "seconds" not in name and "memory" not in name]
     assert [[line[i] for i in same] for line in one] == [[line[i] for i in same] for line in two]
     assert all(float(line[one[0].index("is_weight")]) > 0 for line in one[1:])
+
+
+@pytest.mark.parametrize("mask_id", [0, 5])
+def test_the_block_cache_is_exact_whatever_the_id_of_the_mask(mask_id):
+    policy, _ = tiny(CFG, block=4)
+    policy.mask_id = mask_id
+    prompt, mask = prompts(8, 5, 3)
+    cfg = dataclasses.replace(CFG, steps=CFG.completion_length)
+    cached, plain = (roll(policy, prompt, mask, dataclasses.replace(cfg, cache=kind), list("abc"))
+                     for kind, roll in (("block", caches.cached_rollout), ("none", agrpo.rollout)))
+    assert torch.equal(cached.tokens, plain.tokens)
+    assert (cached.logp - plain.logp).abs().max() < 1e-9

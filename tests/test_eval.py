@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import agrpo
 import eval as evaluation
@@ -70,6 +71,51 @@ def test_pass_at_k_majority_and_shares_by_hand():
     one = evaluation.evaluate(said, "gsm8k", EXAMPLES)
     assert (
         one["solved"] == 1 / 4 and one["ci95"] == evaluation.wilson(1, 4) and "majority" not in one)
+
+
+def test_files_say_with_what_they_were_made_and_a_change_of_it_is_noted(tiny, capsys):
+    flags = [*TINY, "--limit", "2", "--steps", "4", "--out", "e.jsonl"]
+    assert evaluation.main(flags) == 0 and "note:" not in capsys.readouterr().out
+    made = lines("e.jsonl")[0]["made"]
+    assert made == json.loads(Path("e.json").read_text())["made"]
+    assert made["torch"] == torch.__version__ and made["dtype"] == "float32"
+    assert made["device"].startswith("CPU") and made["command"].startswith("python ")
+    assert made["transformers"] == transformers.__version__ and "commit" in made
+    text = Path("e.jsonl").read_text()
+    Path("e.jsonl").write_text(text.replace(json.dumps(made["device"]), '"NVIDIA H200"'))
+    assert evaluation.main([*flags, "--samples", "1"]) == 0
+    assert "note: e.jsonl was begun" in (out := capsys.readouterr().out) and "NVIDIA H200" in out
+    before = text.partition(', "made"')[0] + "}" + text[text.index("\n"):]      # a file of before
+    Path("e.jsonl").write_text(before)
+    assert evaluation.main(flags) == 0 and "note:" not in capsys.readouterr().out
+
+
+def test_a_file_of_other_settings_is_refused_also_where_these_are_the_usual_ones(tiny, capsys):
+    flags = [*TINY, "--limit", "2", "--steps", "4", "--out", "e.jsonl"]
+    assert evaluation.main([*flags, "--cache", "dual"]) == 0
+    before = Path("e.jsonl").read_bytes()
+    for more in ([], ["--cache", "prefix"]):
+        assert evaluation.main([*flags, *more]) == 2 and "cache" in capsys.readouterr().err
+    assert evaluation.main([*flags, "--overwrite"]) == 0
+    assert evaluation.main([*flags, "--cache", "dual"]) == 2
+    assert Path("e.jsonl").read_bytes() != before
+
+
+@pytest.mark.parametrize("name, value", [
+    ("index", "0"), ("index", 1.0), ("sample", None), ("completion", 5), ("nfe", None),
+    ("tokens", "x"), ("example", [])])
+def test_a_line_that_holds_no_completion_is_refused(tiny, name, value, capsys):
+    flags = [*TINY, "--limit", "2", "--steps", "4", "--out", "e.jsonl"]
+    assert evaluation.main(flags) == 0
+    header, first, *rest = lines("e.jsonl")
+    for made in (None, [], "x", 3):                            # does no harm
+        whole = [{**header, "made": made}, first, *rest]
+        Path("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+        assert evaluation.main(flags) == 0
+    broken = [header, {**first, name: value}, *rest]
+    Path("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in broken))
+    capsys.readouterr()
+    assert evaluation.main(flags) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_intervals_hold_what_they_promise():

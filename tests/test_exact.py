@@ -25,6 +25,7 @@ SETTINGS = [                           # what to enumerate, for every row of UNM
     {"completion_length": 4, "block_length": 2, "steps": 4},   # two blocks
     {"completion_length": 4, "block_length": 2, "steps": 4, "top_k": 2, "temperature": 1.6, "V": 3},
     {"completion_length": 4, "block_length": 2, "steps": 4, "eos": True},  # may end after the first
+    {"completion_length": 4, "block_length": 2, "steps": 4, "eos": True, "turn": 0, "V": 3},
 ]
 
 
@@ -42,10 +43,11 @@ def normal(*shape, seed=1):
 
 def case(unmasking, settings, seed=0):
     settings = dict(settings)
-    eos, V = settings.pop("eos", False), settings.pop("V", 0)
+    eos, V, turn = settings.pop("eos", False), settings.pop("V", 0), settings.pop("turn", None)
     cfg = change(unmasking=unmasking, **settings)
     V = V or (3 if cfg.completion_length == 3 else 2)
     policy = toy.TableDenoiser(cfg.completion_length, V=V, seed=seed, eos=eos)
+    policy.turn_id = policy.eos_id if turn is None else turn
     return cfg, policy, toy.enumerate_trajectories(policy, cfg)
 
 
@@ -568,12 +570,37 @@ def test_a_block_longer_than_the_prompt_is_denoised_and_all_eos_rows_do_no_harm(
     with torch.no_grad():
         policy.table[..., 2] += 3.0                            # EOS most of the time
     traj = agrpo.rollout(policy, *blank(32, 0), cfg, [(i,) for i in range(32)])    # no prompt
-    ended = (traj.tokens[:, :2] == 2).all(1)
+    ended = (traj.tokens[:, :2] == 2).any(1)
     assert ended.any() and (~ended).any() and (traj.tokens != policy.mask_id).all()
     assert torch.equal(traj.nfe, torch.where(ended, 2, 4))     # finished rows left the batch
-    assert (traj.tokens[ended] == 2).all() and (traj.reveal_step[ended][:, 2:] == 4).all()
+    assert (traj.tokens[ended, 2:] == 2).all() and (traj.reveal_step[ended, 2:] == 4).all()
     traj.prompt, adv = blank(32)[0], torch.ones(32, dtype=torch.float64)
     traj.prompt_mask = torch.zeros_like(traj.prompt)           # as a tokenizer pads an empty one
     views = agrpo.agrpo_views(traj, adv, cfg, policy.mask_id, seeded(0))
     loss, _ = loss_of(policy, traj, views, adv, cfg)
-    assert loss.isfinite() and int(traj.last_step[ended].max()) == 0
+    nothing = (traj.tokens == 2).all(1)
+    assert loss.isfinite() and nothing.any() and int(traj.last_step[nothing].max()) == 0
+
+
+class Writes(toy.TableDenoiser):
+    """Is sure of one text, whatever the state."""
+    def __init__(self, text, eos_id=1, turn_id=2):
+        self.text, self.mask_id, self.eos_id, self.turn_id = torch.tensor(text), 9, eos_id, turn_id
+
+    def logits(self, prompt, prompt_mask, state, where):
+        z = torch.nn.functional.one_hot(self.text, 10).double() * 50
+        return z.expand(len(state), -1, -1)[where]
+
+
+@pytest.mark.parametrize("text, block, calls", [
+    ([5, 6, 2, 8] + 28 * [8], 4, 4), ([5, 6, 8, 8, 8, 1] + 26 * [8], 4, 8), (32 * [2], 4, 4),
+    (32 * [1], 4, 4), (32 * [8], 4, 32), ([8, 8, 8, 1] + 28 * [8], 4, 4), ([2] + 31 * [8], 32, 32)])
+def test_a_row_is_finished_once_a_complete_block_holds_the_end_of_its_text(text, block, calls):
+    """EOS is 1, the end of a turn 2. What follows is EOS, without a step or a log-probability."""
+    policy = Writes(text)
+    cfg = change(completion_length=32, block_length=block, steps=32)
+    traj = agrpo.rollout(policy, *blank(2), cfg, ["a", "b"])
+    assert traj.nfe.tolist() == [calls, calls]
+    assert traj.tokens[0].tolist() == text[:calls] + [1] * (32 - calls)
+    assert (traj.reveal_step[0, calls:] == 32).all() and (traj.reveal_step[0, :calls] < calls).all()
+    assert (traj.logp[0, calls:] == 0).all() and (traj.order_logp[0, calls:] == 0).all()

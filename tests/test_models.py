@@ -16,7 +16,7 @@ import eval as evaluation
 from methods import caches, models, sft
 from methods.dipo import BlockPolicy
 from rewards import BadInput
-from support import checkpoints, cost, options, rules
+from support import checkpoints, cost, options, rules, templates
 from tools import Settings, load, save, train_step
 
 CFG = Settings(task="gsm8k", completion_length=8, block_length=4, steps=4, prompts=2, completions=4)
@@ -744,7 +744,7 @@ def test_a_mask_token_that_only_its_name_tells_is_found(tmp_path):
     config = tmp_path / "m" / "config.json"
     saved = json.loads(config.read_text())
     config.write_text(json.dumps({**saved, "mask_token_id": tokenizer.eos_token_id}))
-    with pytest.raises(BadInput, match="its mask token is its end-of-sequence token"):
+    with pytest.raises(BadInput, match="is the end of a sequence"):
         checkpoints.open_checkpoint(str(tmp_path / "m"))
 
 
@@ -766,3 +766,455 @@ def test_a_weight_that_is_no_number_is_one_line_before_any_work(here, capsys):
     err = capsys.readouterr().err
     assert err.count("not all of its weights are finite numbers") == 2 and err.count("\n") == 2
     assert not Path("runs/x").exists()
+
+
+# ------------------------------------------------ what published directories hold beside weights
+def rewrite(path, **fields):
+    """config.json, or another file of JSON, with other fields; None takes one out."""
+    saved = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in saved.items() if v is not None}))
+
+
+def sums(name="sums.jsonl", n=40):
+    Path(name).write_text("".join(json.dumps(
+        {"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(n)))
+
+
+def refused(main, argv, capsys, *words):
+    """Exit code 2, one line that holds the words, nothing begun."""
+    capsys.readouterr()
+    assert main(argv) == 2, argv
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(word in err for word in words), err
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize("family, block", [
+    ("sdar", 4), ("sdar", 8), ("sdar", 16), ("sdar", 32), ("sdar", 64), ("a2d-qwen3", 32),
+    ("a2d-qwen2", 32), ("a2d-qwen3", 8)])
+def test_block_causal_models_of_every_published_block_size(tmp_path, family, block):
+    """In batches and alone, the prompt's last block shared with the completion or not."""
+    weights, config = write_checkpoint(tmp_path / "m", family, block=block)
+    policy, _ = load(tmp_path / "m")
+    assert policy.block == block and isinstance(policy, BlockPolicy)
+    g, C = torch.Generator().manual_seed(4), block + 3
+    sequences = [tuple(torch.randint(config["vocab_size"], (n,), generator=g) for n in (k, C))
+                 for k in (block + 5, 3, block, 2 * block - 1)]
+    together = logp_of(policy, sequences, P=max(len(a) for a, _ in sequences), C=C)
+    for i, pair in enumerate(sequences):
+        exact = forward({k: v.double() for k, v in weights.items()}, config, torch.cat(pair), block)
+        whole = forward({k: v.double() for k, v in weights.items()}, config, torch.cat(pair))
+        for logits in (exact, whole):
+            logits[:, policy.mask_id] = -torch.inf
+        exact, whole = (x[-C:].log_softmax(-1).nan_to_num(neginf=0) for x in (exact, whole))
+        assert (together[i].nan_to_num(neginf=0) - exact).abs().max() < 1e-5
+        assert i == 1 or (whole - exact).abs().max() > 1e-2    # both directions would differ
+
+
+def test_a_block_causal_model_whose_config_is_silent_asks_for_its_blocks_and_remembers_them(
+        here, capsys):
+    """dllm-hub's bd3lm models: their config.json is that of the others, their name is not."""
+    sums()
+    for folder in ("Qwen3-0.6B-diffusion-bd3lm-v0.1",
+                   "models--dllm-hub--Qwen3-0.6B-diffusion-bd3lm-v0.1/snapshots/0f1e"):
+        write_checkpoint(folder, "a2d-qwen3")
+        with pytest.raises(BadInput, match="--model-block"):
+            checkpoints.open_checkpoint(folder)
+        assert checkpoints.open_checkpoint(folder, 8)[0].block == 8
+    write_checkpoint("mdlm", "a2d-qwen3")
+    assert checkpoints.open_checkpoint("mdlm")[0].block == 0
+    flags = ["--task", "gsm8k", "--data", "sums.jsonl", "--device", "cpu", "--eval-examples", "2",
+             "--completion-length", "16", "--max-steps", "0", "--model"]
+    refused(agrpo.main, [*flags, "Qwen3-0.6B-diffusion-bd3lm-v0.1"], capsys, "bd3lm: 32")
+    assert agrpo.main([*flags, "Qwen3-0.6B-diffusion-bd3lm-v0.1", "--model-block", "8",
+                       "--name", "x", "--lora-rank", "4", "--eval-steps", "8"]) == 0
+    assert checkpoints.open_checkpoint("runs/x")[0].block == 8
+    assert agrpo.main(["--task", "gsm8k", "--device", "cpu", "--model", "runs/x", "--merge",
+                       "merged"]) == 0
+    assert checkpoints.open_checkpoint("merged")[0].block == 8 == load("merged")[0].block
+
+
+MISFITS = [
+    ("llada", {"architectures": ["LLaDAMoEModelLM"], "num_experts": 64}, "LLaDAMoEModelLM"),
+    ("llada", {"architectures": ["LLaDAModelLM"], "num_experts": 64}, "mixture of experts"),
+    ("sdar", {"architectures": ["SDARMoeForCausalLM"]}, "SDARMoeForCausalLM"),
+    ("a2d-qwen3", {"n_routed_experts": 8}, "A2DQwen3LMHeadModel"),
+    ("sdar", {"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]}, "SDARMoeFor"),
+    ("llada", {"block_size": 32}, "block_size 32"), ("Dream", {"block_size": 4}, "block_size 4"),
+    ("illada", {"block_size": 4}, "block_size 4"), ("a2d-qwen3", {"block_size": "32"}, "'32'"),
+    ("sdar", {"block_size": 0}, "--model-block"), ("sdar", {"block_size": -4}, "block_size -4"),
+    ("illada", {"layer_norm_eps": 1e-5}, "layer_norm_eps"),
+    ("illada", {"mlp_bias": True}, "mlp_bias"), ("a2d-qwen2", {"attention_bias": False}, "bias"),
+    ("illada", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling")]
+
+
+@pytest.mark.parametrize("family, fields, word", MISFITS, ids=[str(m[:2]) for m in MISFITS])
+def test_what_a_family_cannot_be_is_refused_by_its_name(tmp_path, family, fields, word):
+    write_checkpoint(tmp_path / "m", family)
+    checkpoints.read_checkpoint(tmp_path / "m")
+    rewrite(tmp_path / "m/config.json", **fields)
+    with pytest.raises(BadInput) as error:
+        checkpoints.read_checkpoint(tmp_path / "m")
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+def test_words_that_change_nothing_in_config_json_are_taken(tmp_path):
+    weights, config = write_checkpoint(tmp_path / "m", "illada")
+    for fields in ({"rope_scaling": {"rope_type": "default", "factor": 1.0}}, {"num_experts": 0},
+                   {"rope_scaling": {"type": "default"}}, {"architectures": None},
+                   {"num_experts": 1, "block_size": None}):
+        rewrite(tmp_path / "m/config.json", **fields)
+        policy, _ = load(tmp_path / "m")
+    assert policy.mask_id != policy.eos_id and policy.model.config.tie_word_embeddings
+
+
+def test_tied_weights_may_be_stored_twice(tmp_path):
+    """dllm-hub's directories do so: the same numbers under both names; others are refused."""
+    from safetensors.torch import save_file
+    weights, config = write_checkpoint(tmp_path / "m", "a2d-qwen2", shards=1)
+    plain, (file,) = load(tmp_path / "m")[0], (tmp_path / "m").glob("*.safetensors")
+    (tmp_path / "m/model.safetensors.index.json").unlink()
+    file = file.rename(tmp_path / "m/model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file({**weights, "lm_head.weight": head}, file, {"format": "pt"})
+    twice, tokenizer = load(tmp_path / "m", dataclasses.replace(CFG, lora_rank=0), train=True)
+    assert torch.equal(logp_of(plain, sequences_for(config)), logp_of(twice, sequences_for(config)))
+    save(twice, tokenizer, tmp_path / "saved", dataclasses.replace(CFG, model=str(tmp_path / "m")))
+    assert torch.equal(logp_of(load(tmp_path / "saved")[0], sequences_for(config)),
+                       logp_of(plain, sequences_for(config)))
+    save_file({**weights, "lm_head.weight": 2 * head}, file, {"format": "pt"})
+    with pytest.raises(BadInput, match="tied"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("form", ["text", "token", "new", "new token"])
+def test_a_mask_token_that_only_special_tokens_map_json_names_is_found(tmp_path, form):
+    """transformers reads no such file beside an added_tokens_decoder. New: in no vocabulary, as
+    OPDLM's Qwen3 has it; the token is then the next after them."""
+    write_checkpoint(tmp_path / "m", "a2d-qwen3")
+    want = checkpoints.open_checkpoint(str(tmp_path / "m"))[0].mask_id
+    name = "<|mask|>" if "new" not in form else "<|blank|>"
+    path = tmp_path / "m/tokenizer_config.json"
+    saved = json.loads(path.read_text())
+    saved.pop("mask_token")
+    core = json.loads((tmp_path / "m/tokenizer.json").read_text())
+    if "new" in form:
+        core["added_tokens"] = [{**t, "id": t["id"] - (t["id"] > want)}    # without a gap
+                                for t in core["added_tokens"] if t["id"] != want]
+        (tmp_path / "m/tokenizer.json").write_text(json.dumps(core))
+        saved.pop("added_tokens_decoder", None)
+        want = max([*core["model"]["vocab"].values(), *(t["id"] for t in core["added_tokens"])]) + 1
+    else:
+        saved["added_tokens_decoder"] = {str(t.pop("id")): t for t in core["added_tokens"]}
+    path.write_text(json.dumps(saved))
+    token = {"content": name, "lstrip": False, "normalized": False, "rstrip": False}
+    (tmp_path / "m/special_tokens_map.json").write_text(json.dumps(
+        {"mask_token": token if "token" in form else name}))
+    about, tokenizer = checkpoints.open_checkpoint(str(tmp_path / "m"))
+    assert about.mask_id == want == tokenizer.convert_tokens_to_ids(name)
+    assert tokenizer.encode(f"a{name}", add_special_tokens=False)[-1] == want
+    policy, _ = load(tmp_path / "m")
+    assert policy.mask_id == want
+
+
+# ------------------------------------------------------------------------------- the chat template
+THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def prompt_of(tokenizer, message="2+2?"):
+    return tokenizer.decode(checkpoints.encode_prompts(tokenizer, [(message, "")])[0][0])
+
+
+@pytest.mark.parametrize("family, end", [
+    ("a2d-qwen3", THOUGHT), ("sdar", "<|im_start|>assistant\n"),
+    ("a2d-qwen2", "<|im_start|>assistant\n")])
+def test_prompts_end_as_each_family_was_trained(tmp_path, family, end):
+    """dllm-hub's Qwen3 models are published with enable_thinking=False, SDAR without arguments."""
+    write_checkpoint(tmp_path / "m", family)
+    for tokenizer in (checkpoints.open_checkpoint(str(tmp_path / "m"))[1], load(tmp_path / "m")[1]):
+        assert prompt_of(tokenizer).endswith("<|im_end|>\n" + end)
+        assert tokenizer.convert_ids_to_tokens(checkpoints.end_of_turn(tokenizer)) == "<|im_end|>"
+
+
+def test_template_args_win_and_a_trained_model_and_an_evaluation_remember_them(here, capsys):
+    write_checkpoint("m", "a2d-qwen3")
+    sums()
+    flags = ["--task", "gsm8k", "--data", "sums.jsonl", "--device", "cpu"]
+    run = [*flags, "--model", "m", "--completion-length", "8", "--block-length", "8", "--steps",
+           "8", "--eval-steps", "8", "--eval-examples", "2", "--max-steps", "0", "--lora-rank", "4"]
+    for i, (text, recorded, end) in enumerate((
+            ("", "enable_thinking=false", THOUGHT), ("none", "none", "assistant\n"),
+            ("enable_thinking=true", "enable_thinking=true", "assistant\n"))):
+        name = f"x{i}"
+        more = ["--template-args", text] if text else []
+        assert agrpo.main([*run, "--name", name, *more]) == 0
+        assert json.loads(Path(f"runs/{name}/model/agrpo.json").read_text())[
+            "template_args"] == recorded
+        for tokenizer in (checkpoints.open_checkpoint(f"runs/{name}")[1],
+                          load(f"runs/{name}/model")[1]):
+            assert prompt_of(tokenizer).endswith(end)
+        look = ["--model", f"runs/{name}", *flags[2:], "--limit", "2", "--out", f"{name}.jsonl"]
+        assert evaluation.main(look) == 0
+        assert json.loads(Path(f"{name}.json").read_text())["settings"]["template_args"] == recorded
+        code = evaluation.main([*look, "--template-args", "enable_thinking=true"])
+        assert code == (0 if recorded == "enable_thinking=true" else 2)    # of another prompt
+    assert agrpo.main(["--name", "x0", "--resume"]) == 0
+    assert agrpo.main(["--name", "x0", "--resume", "--template-args", "none"]) == 2
+    assert agrpo.main(["--name", "x2", "--resume", "--template-args", " enable_thinking=TRUE"]) == 0
+
+
+def test_no_template_args_stay_none_where_the_family_has_none_of_its_own(here):
+    """On a model that was trained here with some: in prompts, in agrpo.json, after a resume."""
+    write_checkpoint("m", "sdar")
+    sums()
+    run = ["--task", "gsm8k", "--data", "sums.jsonl", "--device", "cpu", "--completion-length", "8",
+           "--eval-steps", "8", "--eval-examples", "2", "--max-steps", "0", "--lora-rank", "4"]
+    template = Path("m/chat_template.jinja")
+    template.write_text("{% if loud %}LOUD {% endif %}" + template.read_text())
+    assert agrpo.main([*run, "--model", "m", "--name", "a", "--template-args", "loud=true"]) == 0
+    again = [*run, "--model", "runs/a", "--name", "b", "--template-args", "none"]
+    assert agrpo.main(again) == 0 and agrpo.main([*again, "--resume"]) == 0
+    assert json.loads(Path("runs/b/model/agrpo.json").read_text())["template_args"] == "none"
+    for name, loud in (("a", True), ("b", False)):
+        tokenizer = checkpoints.open_checkpoint(f"runs/{name}")[1]
+        assert prompt_of(tokenizer).startswith("LOUD") == loud
+
+
+@pytest.mark.parametrize("template, turn", [
+    ("{% for m in messages %}{{ m['content']|lower }}<|im_end|>{% endfor %}", None),
+    ("{% for m in messages if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% endfor %}",
+     None),
+    ("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", "<|im_end|>"),
+    ("{% for m in messages %}{{ m['content'] }}{% endfor %}", None)])
+def test_the_end_of_a_turn_is_what_stands_behind_an_answer(tmp_path, template, turn):
+    write_checkpoint(tmp_path / "m", "sdar")
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    tokenizer = checkpoints.open_checkpoint(str(tmp_path / "m"))[1]
+    found = templates.end_of_turn(tokenizer)
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == turn
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}<|MASK|>")
+    with pytest.raises(BadInput, match="mask token"):
+        checkpoints.open_checkpoint(str(tmp_path / "m"))
+
+
+def test_an_adapter_on_the_output_head_counts_or_is_refused(tmp_path):
+    import peft
+    write_checkpoint(tmp_path / "m", "llada")
+    net = checkpoints.load_model(checkpoints.read_checkpoint(tmp_path / "m"), torch.float32)
+    net = peft.get_peft_model(net, peft.LoraConfig(r=4, lora_alpha=8, target_modules=[
+        "q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    for name, p in net.named_parameters():
+        p.data = torch.randn_like(p) * 0.3 if "lora_B" in name else p.data
+    net.peft_config["default"].base_model_name_or_path = str(tmp_path / "m")
+    net.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    policy, _ = load(tmp_path / "a")
+    state = torch.arange(8)[None] + 60
+    with torch.no_grad():
+        ours = policy.logits(state, torch.ones_like(state), state, state >= 0)
+        ids = torch.cat([state, state], 1)
+        sees = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+        want = net.base_model.model(ids, attention_mask=sees).logits[0, 8:]
+    inside = ours.isfinite()
+    assert (ours - want)[inside].abs().max() < 1e-4
+    with pytest.raises(BadInput, match="head"):
+        load(tmp_path / "a", dataclasses.replace(CFG, lora_rank=4), train=True)
+
+
+def test_an_earlier_model_keeps_the_prompt_it_was_trained_with(tmp_path):
+    """Its agrpo.json knows of no template arguments: it was trained without."""
+    write_checkpoint(tmp_path / "m", "a2d-qwen3")
+    (tmp_path / "m/agrpo.json").write_text(json.dumps({"task": "gsm8k", "prompt": "agrpo"}))
+    tokenizer = checkpoints.open_checkpoint(str(tmp_path / "m"))[1]
+    assert prompt_of(tokenizer).endswith("assistant\n")
+
+
+@pytest.mark.parametrize("text", [
+    "enable_thinking", "enable_thinking=", "=true", "a=1,,b=2", "enable_thinking=true,", "a b=1",
+    "thinking=true", "tokenize=true", "chat_template=x", "messages=1", "{}", " ",
+    "enable_thinking=true,enable_thinking=false", "add_generation_prompt=false", "role=user", "m=5",
+    "content=1", "endfor=1", "im_start=3"])
+def test_bad_template_args_are_one_line(here, text, capsys):
+    write_checkpoint("m", "a2d-qwen3")
+    sums()
+    for main in (agrpo.main, evaluation.main):
+        refused(main, ["--task", "gsm8k", "--data", "sums.jsonl", "--device", "cpu", "--model", "m",
+                       f"--template-args={text}"], capsys, "--template-args")
+
+
+def test_template_args_go_with_a_template(here, capsys):
+    refused(agrpo.main, ["--template-args", "enable_thinking=true"], capsys, "--template-args")
+    assert templates.read_template_args("a=1, b = x,c=FALSE,d=-2") == {
+        "a": 1, "b": "x", "c": False, "d": -2}
+
+
+def test_a_think_block_that_the_template_wrote_earns_nothing(tmp_path):
+    from rewards import reward_parts
+    example = {"question": "2+2?", "answer": "#### 4"}
+    write_checkpoint(tmp_path / "m", "a2d-qwen3")
+    _, tokenizer = load(tmp_path / "m")
+    assert "</think>" in prompt_of(tokenizer)
+    for text, think in (("<answer>4</answer>", 0), ("<think>2+2</think><answer>4</answer>", 0.5)):
+        assert reward_parts("gsm8k", text, example)["think"] == think
+
+
+# --------------------------------------------------------------------- base models: no template
+def without_template(folder):
+    (folder / "chat_template.jinja").unlink()
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    assert "chat_template" not in saved
+
+
+@pytest.mark.parametrize("family", ["llada", "Dream", "a2d-qwen3", "sdar"])
+def test_without_a_chat_template_prompts_are_plain_text(tmp_path, family):
+    write_checkpoint(tmp_path / "m", family)
+    without_template(tmp_path / "m")
+    policy, tokenizer = load(tmp_path / "m")
+    assert prompt_of(tokenizer, "A question?\n") == "A question?\n"
+    assert policy.turn_id == policy.eos_id
+    ids, _ = checkpoints.encode_prompts(tokenizer, [("A", "<reasoning>")])
+    assert tokenizer.decode(ids[0]) == "A<reasoning>"
+
+
+def test_a_base_model_runs_bare_and_is_fine_tuned_and_is_refused_otherwise(here, capsys):
+    write_checkpoint("m", "llada")
+    without_template(Path("m"))
+    sums()
+    Path("pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": f"{i}+1?", "completion": f" {i + 1}"}) + "\n" for i in range(8)))
+    flags = ["--task", "gsm8k", "--data", "sums.jsonl", "--device", "cpu", "--model"]
+    shape = ["--completion-length", "64", "--block-length", "8", "--steps", "8", "--eval-steps",
+             "8", "--eval-examples", "2", "--lora-rank", "4", "--max-steps", "1", "--prompts", "2"]
+    small = ["--completions", "2", "--mc-steps", "2"]
+    for more in ([], ["--prompt", "d1"], ["--prompt", "agrpo"]):
+        refused(agrpo.main, [*flags, "m", *shape, *more], capsys, "no chat template",
+                "--prompt bare")
+        refused(evaluation.main, [*flags, "m", "--limit", "2", *more], capsys, "no chat template")
+    refused(agrpo.main, [*flags, "m", "--template-args", "a=1", "--prompt", "bare"], capsys,
+            "no chat template")
+    assert agrpo.main([*flags, "m", *shape, *small, "--prompt", "bare", "--name", "bare"]) == 0
+    assert evaluation.main([*flags, "m", "--prompt", "bare", "--limit", "2", "--steps", "8",
+                            "--lengths", "8", "--block-length", "8"]) == 0
+    assert agrpo.main([*flags, "m", *shape, "--sft", "pairs.jsonl", "--name", "pairs"]) == 0
+    assert agrpo.main([*flags, "m", *shape, "--sft", "gold", "--name", "gold"]) == 0
+    assert agrpo.main([*flags, "runs/gold", *shape, *small, "--name", "on"]) == 0    # as it learned
+    assert json.loads(Path("runs/on/config.json").read_text())["prompt"] == "agrpo"
+    capsys.readouterr()
+    assert agrpo.main([*flags, "runs/gold", *shape, "--prompt", "d1", "--name", "no"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+# ---------------------------------------------------- adapters trained on the published LLaDA class
+PUBLISHED = {"self_attn.q_proj": "q_proj", "self_attn.k_proj": "k_proj",
+             "self_attn.v_proj": "v_proj", "self_attn.o_proj": "attn_out",
+             "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out"}
+D1 = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]    # d1's list
+
+
+def as_published(adapter, folder, keep=tuple(PUBLISHED), targets=None, layers=(0, 1), **config):
+    """The adapter as peft writes it on the published class, of these modules only; no tokenizer."""
+    from safetensors.torch import save_file
+    folder.mkdir()
+    found = {}
+    for name, weight in load_file(adapter / "adapter_model.safetensors").items():
+        layer, module = name.split("model.layers.")[1].split(".lora_")[0].split(".", 1)
+        if module in keep and int(layer) in layers:
+            published = f"model.transformer.blocks.{layer}.{PUBLISHED[module]}"
+            found[name.replace(f"model.layers.{layer}.{module}", published)] = weight
+    save_file(found, folder / "adapter_model.safetensors", {"format": "pt"})
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    saved |= {"target_modules": targets or [PUBLISHED[m] for m in keep]} | config
+    (folder / "adapter_config.json").write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"targets": D1, "keep": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                 "mlp.up_proj")},
+    {"keep": ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")},
+    {"layers": (1,), "layers_to_transform": [1], "layers_pattern": "blocks"}], ids=str)
+def test_an_adapter_of_the_published_class_has_its_effect_on_the_stock_class(tmp_path, how):
+    weights, config = write_checkpoint(tmp_path / "model", "llada")
+    _, adapter, sequences = trained_adapter(tmp_path / "model", config, tmp_path)
+    folder = as_published(adapter, tmp_path / "published", **how)
+    delta, left = load_file(adapter / "adapter_model.safetensors"), dict(weights)
+    for module in how.get("keep", PUBLISHED):                  # W + alpha/r B A, by hand
+        for i in how.get("layers", (0, 1)):
+            a, b = (delta[f"base_model.model.model.layers.{i}.{module}.lora_{x}.weight"]
+                    for x in "AB")
+            left[f"model.transformer.blocks.{i}.{PUBLISHED[module]}.weight"] = (
+                weights[f"model.transformer.blocks.{i}.{PUBLISHED[module]}.weight"] + 4 * b @ a)
+    policy, tokenizer = load(folder, dataclasses.replace(CFG, lora_rank=4), train=True)
+    prompt, state = sequences[0]
+    exact = forward({k: v.double() for k, v in left.items()}, config, torch.cat([prompt, state]))
+    exact[:, policy.mask_id] = -torch.inf
+    exact = exact[-8:].log_softmax(-1).nan_to_num(neginf=0)
+    assert (logp_of(policy, sequences[:1])[0].nan_to_num(neginf=0) - exact).abs().max() < 1e-4
+    assert tokenizer.chat_template                             # the base's: it brought none
+    save(policy, tokenizer, tmp_path / "again", dataclasses.replace(CFG, lora_rank=4))
+    again, _ = load(tmp_path / "again")
+    assert torch.equal(logp_of(again, sequences), logp_of(policy, sequences))
+    assert agrpo.main(["--model", str(folder), "--merge", str(tmp_path / "merged"), "--task",
+                       "gsm8k", "--device", "cpu"]) == 0
+    merged, _ = files_of(tmp_path / "merged")
+    assert all(torch.allclose(merged[k], left[k], atol=1e-6) for k in left)
+
+
+def test_an_adapter_on_the_published_head_is_renamed_too(tmp_path):
+    from safetensors.torch import save_file
+    weights, config = write_checkpoint(tmp_path / "model", "llada")
+    _, adapter, sequences = trained_adapter(tmp_path / "model", config, tmp_path)
+    folder = as_published(adapter, tmp_path / "published")
+    found = load_file(folder / "adapter_model.safetensors")
+    V, h = weights["model.transformer.ff_out.weight"].shape
+    name = "base_model.model.model.transformer.ff_out.lora_{}.weight"      # ff_out means both
+    a, b = torch.randn(4, h) / 9, torch.randn(V, 4) / 9
+    save_file({**found, name.format("A"): a, name.format("B"): b},
+              folder / "adapter_model.safetensors", {"format": "pt"})
+    plain, policy = load(adapter)[0], load(folder)[0]
+    z = torch.randn(3, h)
+    with torch.no_grad():
+        heads = [p.model.get_output_embeddings()(z) for p in (plain, policy)]
+    assert torch.allclose(heads[1], heads[0] + 4 * z @ a.T @ b.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}],
+                         ids=str)
+def test_adapters_of_other_kinds_compute_what_peft_does(tmp_path, kind):
+    """DoRA's magnitudes, a bias, another scale."""
+    import peft
+    write_checkpoint(tmp_path / "model", "llada")
+    stock = checkpoints.load_model(checkpoints.read_checkpoint(tmp_path / "model"), torch.float32)
+    if "lora_bias" in kind:                                    # peft asks for biases of the layers
+        for layer in stock.model.layers:
+            layer.mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(48))
+    known = {"target_modules": ["up_proj"] if "lora_bias" in kind else ["q_proj", "up_proj"]}
+    net = peft.get_peft_model(stock, peft.LoraConfig(r=4, lora_alpha=8.0, **known, **kind))
+    for name, p in net.named_parameters():
+        if "lora_" in name:
+            p.data = p.data + 0.3 * torch.randn(p.shape)
+    ids = torch.arange(24).view(2, 12) + 30
+    with torch.no_grad():
+        peft_own = net(ids).logits
+        checkpoints.lean(net)
+        assert torch.allclose(net(ids).logits, peft_own, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [{"rank_pattern": {"ff_out": 2}}, {"alpha_pattern": {"x": 2}},
+                                    {"modules_to_save": ["wte"]}], ids=str)
+def test_what_cannot_be_renamed_in_an_adapter_is_one_line(here, config, capsys):
+    _, shape = write_checkpoint("model", "llada")
+    trained_adapter(here / "model", shape, here)
+    as_published(here / "adapter", here / "published", **config)
+    sums()
+    refused(evaluation.main, ["--task", "gsm8k", "--model", "published", "--data", "sums.jsonl",
+                              "--device", "cpu", "--limit", "2"], capsys, "merge", *config)
+
+
+def test_an_adapter_takes_its_own_tokenizer_where_it_has_one(tmp_path):
+    _, config = write_checkpoint(tmp_path / "model", "llada")
+    _, adapter, _ = trained_adapter(tmp_path / "model", config, tmp_path)
+    (adapter / "chat_template.jinja").write_text("{{ 'own ' + messages[0]['content'] }}")
+    assert prompt_of(checkpoints.open_checkpoint(str(adapter))[1]) == "own 2+2?"
+    (adapter / "tokenizer.json").unlink()                      # its settings alone make none
+    about, tokenizer = checkpoints.open_checkpoint(str(adapter))
+    assert prompt_of(tokenizer).startswith("<|startoftext|>") and about.adapter == adapter

@@ -326,6 +326,62 @@ def changed(answer):
     return answer[:i] + ("Z" if answer[i] != "Z" else "Q") + answer[i + 1:]
 
 
+
+MATRIX = r"\begin{%smatrix} 1 & 2 \\ 3 & 4 \end{%smatrix}"
+MATH_PAIRS = [                         # gold, answer, grade (the same form), value (any form)
+    ("(3,2)", "(x,y)=(3,2)", 1, 1), ("(3,2)", "(x, y) = (2,3)", 0, 0),
+    ("(2,3)", "(a,b)=(2,3)", 1, 1),
+    (MATRIX % ("p", "p"), MATRIX % ("b", "b"), 1, 1),
+    (MATRIX % ("b", "b"), MATRIX % ("p", "p"), 1, 1),
+    (MATRIX % ("p", "p"), MATRIX % ("v", "v"), 0, 0),
+    (r"\cot x", r"\cot(x)", 1, 1), (r"\sin(2x)", r"\sin 2x", 1, 1), (r"\cot x", r"\tan(x)", 0, 0),
+    ("2,3", r"2 \text{ or } 3", 1, 1), ("2,3", "x=2, x=3", 1, 1), ("2,3", "3 and 2", 1, 1),
+    ("2,3", r"x = 2 \text{ or } x = 3", 1, 1), ("2,3", r"2 \text{ or } 4", 0, 0),
+    ("2,3", "x=2, y=3", 0, 0),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}", 0, 1),
+    (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}", 0, 1),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{17}", 0, 0), (r"1 \pm \sqrt{19}", "1", 0, 0),
+    (r"x \geq 5", r"5 \leq x", None, 1), ("x>2", "2<x", None, 1),
+    (r"x \ge 5", r"x \geqslant 5", 1, 1),
+    (r"x \geq 5", r"5 \geq x", 0, 0), (r"x \geq 5", "x > 5", 0, 0), ("1<x<2", "2>x>1", None, 1),
+    ("125", r"125\textnormal{ miles}", 1, 1), ("125", r"125 \mathrm{cm}", 1, 1),
+    ("58,500", "58500", 1, 1), ("58500", "58{,}500", 1, 1), ("[-36,104]", "-36104", 0, 0),
+    ("[-36,104]", "[-36104]", 0, 0), ("(1,100)", "1100", 0, 0), ("(1,100)", "(1,100)", 1, 1),
+    (r"\frac{1}{2^{56}}", r"\frac{1}{2^{55}}", 0, 0), ("e^{-40}", "e^{-41}", 0, 0),
+    (r"2^{-56}", r"\frac{1}{2^{56}}", None, 1), ("10^{-15}", "10^{-14}", 0, 0),
+    ("10^{30}+1", "10^{30}", 0, 0),
+    ("10", "10_3", 0, 0), ("10_3", "10_4", 0, 0), ("10_3", "10_3", 1, 1), ("3", "10_3", 0, 0)]
+
+
+@pytest.mark.parametrize("gold, answer, form, value", MATH_PAIRS)
+def test_math_answers_are_compared_part_by_part(gold, answer, form, value):
+    ex, text = {"problem": "", "answer": gold}, f"<answer>\\boxed{{{answer}}}</answer>"
+    assert rewards.math_value(text, ex) == value
+    assert form is None or grade("math", text, ex) == form
+
+
+@pytest.mark.parametrize("problem, answer, right", [
+    ("Find all roots, separated by commas.", "1100", 0), ("Find all roots.", "1,100", 1),
+    ("Find all roots.", "100,1", 1), ("How many are there?", "1100", 1), ("", "1100", 1)])
+def test_a_comma_divides_a_list_where_one_is_asked_for(problem, answer, right):
+    """The gold 1,100 alone is a number: of it nobody could tell."""
+    assert grade("math", f"\\boxed{{{answer}}}", {"problem": problem, "answer": "1,100"}) == right
+
+
+@pytest.mark.parametrize("text, right", [
+    ("#### 72\n\nQuestion: Ann has 5, and 5 more? #### 10", 1),
+    ("<answer>72</answer>\n\nQ: next\n<answer>10</answer>", 1),
+    ("The answer is 72.\n\nUser: 5+5?\nAssistant: The answer is 10", 1),
+    (r"\boxed{72}<|im_start|>user" "\n" r"5+5?\boxed{10}", 1),
+    ("#### 10\n\nQuestion: Ann has 70 and 2? #### 72", 0),
+    ("Question: what is 3 times 24?\n#### 72", 1), ("Problem: 70 + 2?\nSolution: 72", 1),
+    ("<think>Question: why 5?\n</think>#### 72", 1),
+    (r"\boxed{72 in 2 months}", 1), (r"\boxed{72 clips in 2 months}", 1),    # 72 of something
+    (r"\boxed{2 clips in 72 months}", 0), (r"\boxed{72 or 2}", 0)])
+def test_what_counts_is_the_answer_to_the_question_not_to_the_next_one(text, right):
+    assert grade("gsm8k", text, {"question": "", "answer": "#### 72"}) == right
+
+
 @needs_data
 def test_every_math_answer_is_right_and_wrong_once_changed():
     for row in jsonl(SHARED / "llada_generations" / "math500_128.jsonl"):
@@ -610,6 +666,11 @@ def test_solutions_of_countdown_solve_it():
         solution = puzzles.countdown_solve(nums, target)
         assert grade("countdown", solution, {"nums": nums, "target": target}) == 1
     assert puzzles.countdown_solve([0, 0], 3) is None
+    for nums, target in (([25, 50, 75, 100, 3, 6], 952), ([3, 8, 8, 3], 24)):
+        assert grade("countdown", puzzles.countdown_solve(nums, target), {
+            "nums": nums, "target": target}) == 1
+    with pytest.raises(ValueError, match="1 to 6"):
+        TASKS["countdown"].row({"nums": [1] * 7, "target": 7})
 
 
 @needs_data

@@ -302,7 +302,8 @@ def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, q
     assert not [n for n in names if n.endswith(".partial")]
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) >= {"task", "model", "seed", "base", "trained", "by_steps", "seconds",
-                            "peak_memory_mb"}
+                            "peak_memory_mb", "made"}
+    assert {"device", "dtype", "torch", "transformers", "commit", "command"} <= set(summary["made"])
     assert set(summary["seconds"]) == {"base_model", "rollout", "update", "eval", "total"} and set(
         summary["base"]) == {"solved", "n", "ci95"}
     assert [set(x) for x in summary["by_steps"]] == [

@@ -26,7 +26,7 @@ class TableDenoiser:
         self.C, self.V, self.mask_id, self.eos_id = C, V, V, V - 1 if eos else -1
         table = torch.randn((V + 1) ** C, C, V, generator=g, dtype=torch.float64)
         self.table = (scale * table).requires_grad_()
-        self.model, self.turn_id = self, None
+        self.model, self.turn_id = self, self.eos_id
         self.mean = torch.zeros((), dtype=torch.float64, requires_grad=True)   # of a controller
 
     def parameters(self):
@@ -110,6 +110,8 @@ def ways(rule, open_, plain, n, cfg):
     if rule == "random":
         drawn = list(itertools.permutations(open_, min(n, len(open_))))
         return [(order, 1 / len(drawn)) for order in drawn]
+    if rule == "left_to_right":
+        return [(tuple(open_[:n]), 1)]
     if rule == "confidence":
         return [(tuple(best(score)[:n]), 1)]
     if rule == "threshold":
@@ -162,7 +164,8 @@ def enumerate_trajectories(policy, cfg):
 
     def step(t, state, when, prob, token_p, order_p, ranks):
         blocks = [state[b:b + L] for b in range(0, C, L)]
-        ended = any(all(s == policy.eos_id for s in block) for block in blocks)
+        ends = {policy.eos_id, policy.turn_id}
+        ended = any(ends & set(block) and policy.mask_id not in block for block in blocks)
         if policy.mask_id not in state or ended:
             tokens = [policy.eos_id if s == policy.mask_id else s for s in state]
             found.append((tokens, when, prob, token_p, order_p, ranks))

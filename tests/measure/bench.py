@@ -554,11 +554,13 @@ def tables():
 
 
 def main():
+    import tables as pages
+
     if sys.argv[1:2] == ["tables"]:
         return tables()
     if sys.argv[1:2] == ["runs"]:
         rows = collect(sys.argv[2:])
-        with open(ROOT / "assets" / "cache.csv", "w", newline="") as f:
+        with pages.writing(ROOT / "assets" / "cache.csv") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
             writer.writerows(rows)
@@ -585,7 +587,7 @@ def main():
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     if args.shape != "check":
         file = Path(args.out or ROOT / "assets") / f"bench-{args.shape}.csv"
-        with open(file, "w", newline="") as f:
+        with pages.writing(file) as f:
             writer = csv.DictWriter(
                 f, {k: 0 for row in rows for k in row} | {"device": 0, "versions": 0}, restval=""
             )

@@ -52,7 +52,7 @@ def evaluations(paths):
                     "never_n": known["held_out"].get("n", ""),
                 }
             )
-    with open(ASSETS / "evaluations.csv", "w", newline="") as f:
+    with tables.writing(ASSETS / "evaluations.csv") as f:
         out = csv.DictWriter(f, rows[0], lineterminator="\n")
         out.writeheader()
         out.writerows(
@@ -86,7 +86,7 @@ def main(arguments):
         "eval_seconds",
         "peak_memory_mb",
     ]
-    with open(ASSETS / "results.csv", "w", newline="") as f:
+    with tables.writing(ASSETS / "results.csv") as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow(fields)
         for _, s in found:
@@ -111,7 +111,7 @@ def main(arguments):
     for task in sorted({s["task"] for _, s in found}):
         runs = [(f, s) for f, s in found if s["task"] == task]
         logs = [run_folder.read_log(f / "log.csv") for f, _ in runs]
-        with open(ASSETS / f"curve-{task}.csv", "w", newline="") as f:
+        with tables.writing(ASSETS / f"curve-{task}.csv") as f:
             out = csv.writer(f, lineterminator="\n")
             keep = [
                 "step",

@@ -79,7 +79,7 @@ def pace(steps: int = 5):
                     }
                 )
                 print(rows[-1], flush=True)
-    with open(ASSETS / "methods-pace.csv", "w", newline="") as f:
+    with tables.writing(ASSETS / "methods-pace.csv") as f:
         out = csv.DictWriter(f, rows[0], lineterminator="\n")
         out.writeheader()
         out.writerows(rows)
@@ -120,7 +120,7 @@ def load(folder: Path, paces: dict) -> dict:
 
 
 def compare(runs: list):
-    with open(ASSETS / "methods.csv", "w", newline="") as f:
+    with tables.writing(ASSETS / "methods.csv") as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow(["task", "model", "method", "seed", "step", "seconds", "passes", "held_out"])
         for run in runs:
@@ -237,7 +237,7 @@ def frontier(folders: list, evaluations: list):
                 summary["by_steps"][0]["trained"],
             )
         )
-    with open(ASSETS / "controller.csv", "w", newline="") as f:
+    with tables.writing(ASSETS / "controller.csv") as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow(["what", "bound_or_alpha", "seed", "nfe", "solved"])
         out.writerows((*p[:3], f"{p[3]:.2f}", f"{p[4]:.4f}") for p in sorted(points))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from support import figures, runs as run_folder  # noqa: E402
+import tables  # noqa: E402
 from tables import at, markdown, spread  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -76,7 +77,7 @@ def reached(points: list[tuple], share: float) -> float | None:
 
 def main(folders):
     runs = [load(Path(f)) for f in sorted(folders) if (Path(f) / "summary.json").is_file()]
-    with open(ASSETS / "samplers.csv", "w", newline="") as f:
+    with tables.writing(ASSETS / "samplers.csv") as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow(
             [

@@ -361,6 +361,7 @@ def one_step(report, name, policy, config, cfg, device):
     for part in ("rollout", "update"):
         used = forecast[f"{part}_flops"] / row[f"{part}_seconds"] / rate
         report.figure(f"{name}: {part}, share of the matmul rate", 100 * used, "%")
+        report.figure(f"{name}: {part}, forecast", cost.seconds(forecast, part, rate), "s")
     peak = (bench.memory(device) - (0 if device == "cuda" else before)) / 1e3
     report.figure(f"{name}: peak memory", peak, "GB")
     report.figure(f"{name}: peak memory, forecast", forecast["total"], "GB")

@@ -225,7 +225,8 @@ if __name__ == "__main__":
                 }
             )
             print(*rows[-1].values(), sep="\t", flush=True)
-    with open(ROOT / "assets" / "memory.csv", "w", newline="") as f:
+    import tables
+    with tables.writing(ROOT / "assets" / "memory.csv") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)

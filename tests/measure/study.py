@@ -45,7 +45,7 @@ DRAWS = 60
 
 
 def write(name: str, rows: list[dict]):
-    with open(ASSETS / name, "w", newline="") as f:
+    with tables.writing(ASSETS / name) as f:
         out = csv.DictWriter(f, rows[0], lineterminator="\n")
         out.writeheader()
         out.writerows(

@@ -6,7 +6,9 @@ A table stands between <!-- NAME --> and <!-- /NAME -->, where NAME is a functio
 files were made: assets/README.md.
 """
 
+import contextlib
 import csv
+import json
 import re
 import statistics
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from support import files  # noqa: E402
 from support.completions import wilson  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "assets" / "README.md")
@@ -26,6 +29,19 @@ SAMPLERS = (
     "random",
     "official preset",
 )
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A CSV file to write; made.json beside it keeps machine, versions, commit and command."""
+    import torch
+    with open(path, "w", newline="") as f:
+        yield f
+    made = files.provenance(torch.nn.Linear(1, 1))
+    del made["dtype"]                                          # of each figure its script's own
+    index = path.parent / "made.json"
+    known = json.loads(index.read_text()) if index.is_file() else {}
+    files.write_json(index, dict(sorted({**known, path.name: made}.items())))
 
 
 def read(name: str) -> list[dict]:
