@@ -40,12 +40,13 @@ def text_of(completion: str) -> str:
     >>> text_of("#### 72\\nQ: 5 + 5? #### 10"), text_of("Restated:\\nQ: 70 + 2?\\n#### 72")
     ('#### 72', 'Restated:\\nQ: 70 + 2?\\n#### 72')"""
     text = re.split(END, completion[:10**6])[0]
-    rest = re.split(r"</(?:reasoning|think)>", text, maxsplit=1)[-1]     # it may ask in reasoning
-    again = bool(re.match(rf"\s*{ASKED}", rest))           # it begins by restating the problem
+    begin = re.match("(?s:.*?</(?:reasoning|think)>)?", text).end()      # it may ask in reasoning
+    rest = text[begin:begin + MAX_CHARS]
+    again = bool(re.match(rf"\s*+{ASKED}", rest))          # it begins by restating the problem
     found = re.search(ANSWERED[0] + ANSWERED[1 + again], rest)
     found = found or not again and re.search("[0-9]", rest)
     end = found and re.compile(NEXT).search(rest, found.end())
-    return text[:len(text) - len(rest) + end.start()] if end else text
+    return text[:begin + end.start()] if end else text
 
 def last_boxed(text: str) -> str | None:
     """The content of the last \\boxed{...} that closes and holds more than a placeholder, or None.
