@@ -39,8 +39,8 @@ def text_of(completion: str) -> str:
     >>> text_of("#### 72\\nQ: 5 + 5? #### 10"), text_of("Restated:\\nQ: 70 + 2?\\n#### 72")
     ('#### 72', 'Restated:\\nQ: 70 + 2?\\n#### 72')"""
     text = re.split(END, completion[:10**6])[0]
-    begin = re.match("(?s:.*?</(?:reasoning|think)>)?", text).end()      # it may ask in reasoning
-    rest = text[begin:begin + MAX_CHARS]
+    begin = len(text) - len(re.split("</(?:reasoning|think)>", text, maxsplit=1)[-1])
+    rest = text[begin:begin + MAX_CHARS]                   # (it may ask itself in the reasoning)
     again = bool(re.match(rf"\s*+{ASKED}", rest))          # it begins by restating the problem
     found = re.search(ANSWERED[0] + ANSWERED[1 + again], rest)
     found = found or not again and re.search("[0-9]", rest)

@@ -27,7 +27,7 @@ WHOLE_STYLE = (                        # (pattern, replacement) of what does not
     (r"^.{0,40}?\b(?:[Aa]nswer|[Vv]alue|[Rr]esult)\b(?:\s+is)?\s*:?\s*"         # the answer is
      r"|^[*`=\s]+|(?<![*`\s.])[*`\s.]++$", ""),
     (r"\{\s*\\(?:rm|bf|it|sf|tt|em)(?![A-Za-z])", r"\\text{"),                  # {\rm miles}
-    (TEXT + r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),
+    ("^" + TEXT + r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),
     (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\[()\[\]]|\\?\$|\\?%"
      r"|\^\s*\{?\\circ\}?|\\(?:text)?degree", ""),
     (r"(?<=[0-9])(?:\{,\}|,?\\!|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))", ""),         # 58{,}500
@@ -37,7 +37,7 @@ WHOLE_STYLE = (                        # (pattern, replacement) of what does not
     (r"[(\[]\s*\\begin\{(?:array|(?:small)?matrix)\}(?:\s*\{[clr| ]*\})?(.*?)"  # not a determinant
      r"\\end\{(?:array|(?:small)?matrix)\}\s*[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"(\\(?:begin|end)\{)[bB]matrix\}", r"\1pmatrix}"),
-    (rf"\s*,?\s*(?:{TEXT}\{{\s*(?:or|and)\s*\}}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z]))\s*", ","))
+    (rf"(?:,\s*+)?(?:{TEXT}\{{\s*(?:or|and)\s*\}}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z]))\s*", ","))
 ITEM_STYLE = (                         # ... of an item of a list
     (rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*(?:{TEXT}\{{\s*"                           # 5 cm^2
      rf"{UNIT}\}}|(?<=[0-9])\s+{UNIT})(?:\^\{{?[0-9]\}}?)?[.\s]*$", ""),

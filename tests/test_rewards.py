@@ -365,6 +365,7 @@ MATH_PAIRS = [                         # gold, answer, grade (the same form), va
     *(("125", answer, 1, 1) for answer in (
         r"125\emph{ miles}", r"125~\textup{miles}", r"\text{125 miles}", r"125\,{\rm miles}",
         r"125\hbox{ m}^2", r"125 \operatorname{cm}", r"125\textdegree")),
+    (r"\frac{1}{2}", r"\frac12\text{ cm}", 1, 1), (r"2\pi", r"2\pi\textnormal{ cm}^2", 1, 1),
     ("125", r"125\textnormal{ million}", 0, 0), ("0", "2^{-60}", 0, 0),
     (r"\frac{x}{2^{56}}", r"\frac{x}{2^{55}}", 0, 0), ("10^{100}", "10^{100}+1", 0, 0),
     (r"6.02 \times 10^{-23}", r"6.03 \times 10^{-23}", 0, 0), ("(e^{-40},1)", "(e^{-41},1)", 0, 0),
@@ -414,6 +415,7 @@ def test_the_next_question_is_looked_for_in_linear_time(piece):
     clock = time.thread_time()
     for begin in ("", "#### 3"):
         rewards.text_of(begin + piece * (10**6 // len(piece)))
+    math_answers.math_normal(piece * (500 // len(piece)) + "1")
     assert time.thread_time() - clock < 2                  # it was minutes if quadratic
 
 
