@@ -26,11 +26,10 @@ class BadInput(Exception):
 # ---------------------------------------------------------------------- one parser for all tasks
 PLACEHOLDER = re.compile(r"(?:[.…_{}\s]|\\[lc]?dots|\\boxed)*")     # a copied format: no answer
 MAX_CHARS = 20_000                     # read at the end of a completion: grading stays linear
-
 END = r"<\|(?:eot_id|endoftext|end_of_text|im_end)\|>|</s>|<end_of_turn>"
-ASKED = r"[ \t#*>]*+(?i:question|q|problem|exercise|user|human|instruction)\b[ \t0-9*]*+:"
-NEXT = (rf"(?:\n|(?<=[.!?0-9)}}$])|(?<=</answer>)){ASKED}"
-        r"|<\|(?:im_start|start_header_id|user)\|>|<start_of_turn>|\[INST\]")
+ASKED = r"[ \t#*]*+(?i:question|q|problem|exercise|user|human|instruction)\b[ \t0-9*]*+:"
+NEXT = (rf"(?:\n|(?<=[.!?0-9)}}$>])){ASKED}|<\|(?:im_start|start_header_id|user)\|>"
+        r"|<start_of_turn>|\[INST\]")
 ANSWERED = (r"####\s*\S|\\(?:boxed|fbox)\s*\{(?!\s*(?:[.…_}]|\\[lc]?dots))|</answer>|answer is\b",
             rf"|[0-9][^\w\n]{{0,8}}\s*(?={NEXT})", r"|\n[ \t#*>]*+(?:Answer|Solution|A)\b[ \t*]*+:")
 
@@ -40,8 +39,8 @@ def text_of(completion: str) -> str:
     >>> text_of("#### 72\\nQ: 5 + 5? #### 10"), text_of("Restated:\\nQ: 70 + 2?\\n#### 72")
     ('#### 72', 'Restated:\\nQ: 70 + 2?\\n#### 72')"""
     text = re.split(END, completion[:10**6])[0]
-    begin = re.match("(?s:.*?</(?:reasoning|think)>)?", text).end()      # it may ask in reasoning
-    rest = text[begin:begin + MAX_CHARS]
+    begin = len(text) - len(re.split("</(?:reasoning|think)>", text, maxsplit=1)[-1])
+    rest = text[begin:begin + MAX_CHARS]                   # (it may ask itself in the reasoning)
     again = bool(re.match(rf"\s*+{ASKED}", rest))          # it begins by restating the problem
     found = re.search(ANSWERED[0] + ANSWERED[1 + again], rest)
     found = found or not again and re.search("[0-9]", rest)
@@ -205,8 +204,7 @@ TYPESETTING = (                        # (pattern, replacement): what numbers ar
     (r"\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[×·⋅•∙]|(?<=[0-9])\s?\*\*\s?(?=[0-9])", "*"),
     (r"\\div(?![A-Za-z])|÷", "/"), (r"\*\*|\\(?:text|mbox|underline|bf)\w*\s*\{?", " "),
     (r"(?<=[A-Za-z])\}?\s?\^\s?\{?-?[0-9]+\}?|\^\s?\{?\\circ\}?", ""),         # cm^2
-    (r"^(\W*[0-9][0-9.,]*(?:\s[a-z]+)?)\s(?:in|for|after|every|per|within)\s[0-9]+\s[a-z]+\.?$",
-     r"\1"),                           # 72 (clips) in 2 months
+    (r"^(\W*[0-9.,]+(?:\s[a-z]+)?)\s(?:in|for|after|every|per)\s[0-9]+\s[a-z]+\.?$", r"\1"),
     (r"(?<=[0-9])\s+\((?![a-z]*(?:thousand|million))[^()]*\)\s*+\.?\s*+$", ""))    # (an aside)
 RUN = r"[-+]?[$€£¥]?[-+]?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
 ARITHMETIC = (rf"(?<![A-Za-z0-9_^])(?:[-+]?[0-9]+\s+(?=[0-9]+\s?/\s?[0-9]))?{RUN}"

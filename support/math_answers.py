@@ -26,10 +26,10 @@ UNIT = (r"(?!.*\b(?:or|and|to|more|less|least|most|than|not|hundred|thousand|mil
 WHOLE_STYLE = (                        # (pattern, replacement) of what does not change an answer
     (r"^.{0,40}?\b(?:[Aa]nswer|[Vv]alue|[Rr]esult)\b(?:\s+is)?\s*:?\s*"         # the answer is
      r"|^[*`=\s]+|(?<![*`\s.])[*`\s.]++$", ""),
-    (r"\{\s*\\(?:rm|bf|it|sf|tt|em)(?![A-Za-z])", r"\\text{"),              # {\rm miles}
-    (TEXT + r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),
+    (r"\{\s*\\(?:rm|bf|it|sf|tt|em)(?![A-Za-z])", r"\\text{"),                  # {\rm miles}
+    ("^" + TEXT + r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$", r"\1"),
     (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\[()\[\]]|\\?\$|\\?%"
-     r"|\^\s*\{?\\circ\}?|\\(?:text)?degree", ""), (r"[.,;\s]+$", ""),
+     r"|\^\s*\{?\\circ\}?|\\(?:text)?degree", ""),
     (r"(?<=[0-9])(?:\{,\}|,?\\!|\\[,;:])\s*(?=[0-9]{3}(?![0-9]))", ""),         # 58{,}500
     (r"(?<!\\)\\[,;!: ]|\\q?quad(?![A-Za-z])|~", " "),
     (r"\\l(?:e|eq|eqq|eqslant)(?![A-Za-z])|<=", "≤"), (r"\\lt(?![A-Za-z])", "<"),
@@ -37,9 +37,9 @@ WHOLE_STYLE = (                        # (pattern, replacement) of what does not
     (r"[(\[]\s*\\begin\{(?:array|(?:small)?matrix)\}(?:\s*\{[clr| ]*\})?(.*?)"  # not a determinant
      r"\\end\{(?:array|(?:small)?matrix)\}\s*[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"(\\(?:begin|end)\{)[bB]matrix\}", r"\1pmatrix}"),
-    (rf"\s*,?\s*(?:{TEXT}\{{\s*(?:or|and)\s*\}}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z]))\s*", ","))
+    (rf"(?:,\s*+)?(?:{TEXT}\{{\s*(?:or|and)\s*\}}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z]))\s*", ","))
 ITEM_STYLE = (                         # ... of an item of a list
-    (rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*(?:{TEXT}\{{\s*"                        # 5 cm^2
+    (rf"(?:(?<=[0-9}}])|(?<=\\pi))\s*(?:{TEXT}\{{\s*"                           # 5 cm^2
      rf"{UNIT}\}}|(?<=[0-9])\s+{UNIT})(?:\^\{{?[0-9]\}}?)?[.\s]*$", ""),
     (TEXT + r"\{([^{}]*)\}", r" \1 "), (r"[.,;\s]+$", ""))
 NAME = r"(?:[A-Za-z]|[A-Z]{2,3}|\\[a-z]+)(?:_\{?\w+\}?|\(-?\w\))?"
@@ -50,7 +50,6 @@ NUMBER_STYLE = (                       # ... without its label
     (r"(?<![\\A-Za-z])(?:(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln)(?=[ (])", r"\\\g<0>"),
     (r"\\frac\s*([0-9])(?=\s*[0-9{])", r"\\frac{\1}"), (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
     (r"\\frac\s*(\{[^{}]*\})\s*([0-9])", r"\\frac\1{\2}"),
-    (r"^\s*(-?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)\s*$", r"\1\\frac{\2}{\3}"),     # 1 1/2
     (r"(?<![0-9A-Za-z}.])([0-9]+)\s*/\s*([0-9]+)(?![0-9A-Za-z{.])", r"\\frac{\1}{\2}"),
     (r"(?<![0-9])\.(?=[0-9])", "0."), (r"(\.[0-9]*?)0+(?![0-9])", r"\1"), (r"\.(?![0-9])", ""),
     (r"(\\[A-Za-z]+\s)\s*(?=[A-Za-z])|(?<![0-9])\s+|\s+(?![0-9])", r"\1"))      # \cot x
@@ -178,11 +177,8 @@ def equal(a: str, b: str) -> bool:
     a set, and rounds. Lists, sets and unions in any order; ± stands for two items."""
     def parts_of(text):
         kind, parts = math_parts(text)
-        if kind:
-            return kind, parts
-        both = [{"\\pm": "+", "\\mp": "-"}, {"\\pm": "-", "\\mp": "+"}]
-        return "", [re.sub(r"\\(?:pm|mp)(?![A-Za-z])\s*", lambda m: signs[m[0].strip()], part)
-                    for part in parts for signs in both[:1 + bool(re.search(r"\\(?:pm|mp)", part))]]
+        return kind, parts if kind else [x for part in parts for x in dict.fromkeys(
+            part.replace("\\pm", one).replace("\\mp", two) for one, two in ("+-", "-+"))]
     (kind, parts), (other, others) = parts_of(a), parts_of(b)
     if kind != other or len(parts) != len(others):
         return False

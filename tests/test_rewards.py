@@ -326,7 +326,6 @@ def changed(answer):
     return answer[:i] + ("Z" if answer[i] != "Z" else "Q") + answer[i + 1:]
 
 
-
 MATRIX = r"\begin{%smatrix} 1 & 2 \\ 3 & 4 \end{%smatrix}"
 MATH_PAIRS = [                         # gold, answer, grade (the same form), value (any form)
     ("(3,2)", "(x,y)=(3,2)", 1, 1), ("(3,2)", "(x, y) = (2,3)", 0, 0),
@@ -350,7 +349,28 @@ MATH_PAIRS = [                         # gold, answer, grade (the same form), va
     (r"\frac{1}{2^{56}}", r"\frac{1}{2^{55}}", 0, 0), ("e^{-40}", "e^{-41}", 0, 0),
     (r"2^{-56}", r"\frac{1}{2^{56}}", None, 1), ("10^{-15}", "10^{-14}", 0, 0),
     ("10^{30}+1", "10^{30}", 0, 0),
-    ("10", "10_3", 0, 0), ("10_3", "10_4", 0, 0), ("10_3", "10_3", 1, 1), ("3", "10_3", 0, 0)]
+    ("10", "10_3", 0, 0), ("10_3", "10_4", 0, 0), ("10_3", "10_3", 1, 1), ("3", "10_3", 0, 0),
+    ("(x,y)=(3,2)", "(y,x)=(3,2)", 0, 0), ("(1,2,3)", "(x_1,x_2,x_3)=(1,2,3)", 1, 1),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left[\begin{array}{c}1\\2\\\end{array}\right]", 1, 1),
+    (r"\begin{pmatrix}1/5\\2\end{pmatrix}", r"\begin{bmatrix}0.2\\2\end{bmatrix}", 0, 1),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}", 0, 0),
+    (r"\ln 2", "ln(2)", 1, 1), (r"\sin^2 x", r"\sin^2\left(x\right)", 1, 1),
+    (r"\log_2 x", r"\log_2(x)", 1, 1), (r"\cot x", r"\cot(y)", 0, 0),
+    ("1,2,3", "1, 2, and 3", 1, 1), ("2,3", "x_1=2, x_2=3", 1, 1), ("2", r"2 \text{ or } 3", 0, 0),
+    ("2,3", r"2 \quad \textnormal{or} \quad 3", 1, 1), ("3,5,100", "35100", 0, 0),
+    (r"\pm 2", "-2, 2", 0, 1), (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5", 0, 1),
+    (r"-2 \le x < \frac12", r"0.5 \gt x \geqslant -2", 0, 1), (r"x \ge 5", r"y \ge 5", 0, 0),
+    (r"(2,12) \cup (12,102)", r"(12,102)\cup(2,12)", 1, 1), (r"x \in [1,100]", "[1100]", 0, 0),
+    ("100,1", "1,100", 1, 1), ("1, 100", "1100", 0, 0), (r"\{1,100\}", "1100", 0, 0),
+    *(("125", answer, 1, 1) for answer in (
+        r"125\emph{ miles}", r"125~\textup{miles}", r"\text{125 miles}", r"125\,{\rm miles}",
+        r"125\hbox{ m}^2", r"125 \operatorname{cm}", r"125\textdegree")),
+    (r"\frac{1}{2}", r"\frac12\text{ cm}", 1, 1), (r"2\pi", r"2\pi\textnormal{ cm}^2", 1, 1),
+    ("125", r"125\textnormal{ million}", 0, 0), ("0", "2^{-60}", 0, 0),
+    (r"\frac{x}{2^{56}}", r"\frac{x}{2^{55}}", 0, 0), ("10^{100}", "10^{100}+1", 0, 0),
+    (r"6.02 \times 10^{-23}", r"6.03 \times 10^{-23}", 0, 0), ("(e^{-40},1)", "(e^{-41},1)", 0, 0),
+    (r"6.02 \times 10^{23}", "602" + "0" * 21, 0, 1), ("10", "10_{10}", 0, 1),
+    ("10", r"10 \text{ base three}", 0, 0), ("(10,2)", "(10_3,2)", 0, 0), ("10_3", "10", 0, 1)]
 
 
 @pytest.mark.parametrize("gold, answer, form, value", MATH_PAIRS)
@@ -362,7 +382,9 @@ def test_math_answers_are_compared_part_by_part(gold, answer, form, value):
 
 @pytest.mark.parametrize("problem, answer, right", [
     ("Find all roots, separated by commas.", "1100", 0), ("Find all roots.", "1,100", 1),
-    ("Find all roots.", "100,1", 1), ("How many are there?", "1100", 1), ("", "1100", 1)])
+    ("Find all roots.", "100,1", 1), ("Give the values as a comma-separated list.", "1100", 0),
+    ("Find the sum of all roots.", "1100", 1), ("In how many ways can one list all?", "1100", 1),
+    ("How many are there?", "1100", 1), ("", "1100", 1)])
 def test_a_comma_divides_a_list_where_one_is_asked_for(problem, answer, right):
     """The gold 1,100 alone is a number: of it nobody could tell."""
     assert grade("math", f"\\boxed{{{answer}}}", {"problem": problem, "answer": "1,100"}) == right
@@ -375,11 +397,26 @@ def test_a_comma_divides_a_list_where_one_is_asked_for(problem, answer, right):
     (r"\boxed{72}<|im_start|>user" "\n" r"5+5?\boxed{10}", 1),
     ("#### 10\n\nQuestion: Ann has 70 and 2? #### 72", 0),
     ("Question: what is 3 times 24?\n#### 72", 1), ("Problem: 70 + 2?\nSolution: 72", 1),
-    ("<think>Question: why 5?\n</think>#### 72", 1),
+    ("<think>Question: why 5?\n</think>#### 72", 1), ("She has 72 eggs.\n\nQ: 5+5?\nA: 10", 1),
+    ("Question: 70 + 2?\nAnswer: 72\n\nQuestion: 5+5?\nAnswer: 10", 1),
+    ("Let me restate.\n**Problem 1:** 70 and 2?\nAnswer: 72", 1), ("72 [INST] 5+5? [/INST] 10", 1),
+    ("\nthe answer is 10?\nQ: sure?\n</reasoning>\n<answer>72</answer>\nHuman: 5+5?\n10", 1),
+    ("#### 72 Question: 5+5? #### 10", 1), ("It goes in \\boxed{...}.\nQ: 70+2?\n\\boxed{72}", 1),
+    ("He drives 60 miles in 72 minutes.", 1),
     (r"\boxed{72 in 2 months}", 1), (r"\boxed{72 clips in 2 months}", 1),    # 72 of something
     (r"\boxed{2 clips in 72 months}", 0), (r"\boxed{72 or 2}", 0)])
 def test_what_counts_is_the_answer_to_the_question_not_to_the_next_one(text, right):
     assert grade("gsm8k", text, {"question": "", "answer": "#### 72"}) == right
+
+
+@pytest.mark.parametrize("piece", [
+    " ", "\n", "#", "* ", "> ", "3 ", "3\n", "\nQ:", "Question 1", "</think>", "answer is "])
+def test_the_next_question_is_looked_for_in_linear_time(piece):
+    clock = time.thread_time()
+    for begin in ("", "#### 3"):
+        rewards.text_of(begin + piece * (10**6 // len(piece)))
+    math_answers.math_normal(piece * (500 // len(piece)) + "1")
+    assert time.thread_time() - clock < 2                  # it was minutes if quadratic
 
 
 @needs_data

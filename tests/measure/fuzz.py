@@ -32,7 +32,10 @@ PIECES = [
     "\n", "\r", "\t", " ", "exit()", "__import__('os')", "nan", "inf", "<|eot_id|>",
     "<|endoftext|>", "</s>", "1234123412341234", "#### 3", "\\pi", "x", "\\infty",
     "\\begin{pmatrix}", "\\\\", "&", "\\end{pmatrix}", "\\boxed{...}", "...", "3 3", "3+3",
-    "3*3=9", "\\{5\\}", "\\boxed{" * 200, "}" * 200, "1 ()", "\xa0"]
+    "3*3=9", "\\{5\\}", "\\boxed{" * 200, "}" * 200, "1 ()", "\xa0",
+    "\nQuestion: ", "Q:", "\nUser:", "<|im_start|>user\n", "The answer is ", " or ",
+    "\\text{ and }", "\\pm ", "\\cup ", "\\geq ", "<", "10_3", "e^{-40}", "x=", "(x,y)=", "\\cot x",
+    "\\begin{bmatrix}", "\\end{bmatrix}", "1,100", "\\textnormal{ miles}", "72 in 2 months"]
 
 
 def texts_of(task: str) -> list[str]:
