@@ -38,7 +38,7 @@ def text_of(completion: str) -> str:
     next one after it has marked an answer or, if it marks none, given a number.
     >>> text_of("#### 72\\nQ: 5 + 5? #### 10"), text_of("Restated:\\nQ: 70 + 2?\\n#### 72")
     ('#### 72', 'Restated:\\nQ: 70 + 2?\\n#### 72')"""
-    text = re.split(END, completion[:10**6])[0]
+    text = re.split(END, completion[:10**6], maxsplit=1)[0]
     begin = len(text) - len(re.split("</(?:reasoning|think)>", text, maxsplit=1)[-1])
     rest = text[begin:begin + MAX_CHARS]                   # (it may ask itself in the reasoning)
     again = bool(re.match(rf"\s*+{ASKED}", rest))          # it begins by restating the problem
@@ -204,7 +204,7 @@ TYPESETTING = (                        # (pattern, replacement): what numbers ar
     (r"\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[×·⋅•∙]|(?<=[0-9])\s?\*\*\s?(?=[0-9])", "*"),
     (r"\\div(?![A-Za-z])|÷", "/"), (r"\*\*|\\(?:text|mbox|underline|bf)\w*\s*\{?", " "),
     (r"(?<=[A-Za-z])\}?\s?\^\s?\{?-?[0-9]+\}?|\^\s?\{?\\circ\}?", ""),         # cm^2
-    (r"^(\W*[0-9.,]+(?:\s[a-z]+)?)\s(?:in|for|after|every|per)\s[0-9]+\s[a-z]+\.?$", r"\1"),
+    (r"^(\W*+[0-9][0-9.,]*+(?: [a-z]+)?) (?:in|for|after|every|per) [0-9]+ [a-z]+\.?$", r"\1"),
     (r"(?<=[0-9])\s+\((?![a-z]*(?:thousand|million))[^()]*\)\s*+\.?\s*+$", ""))    # (an aside)
 RUN = r"[-+]?[$€£¥]?[-+]?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
 ARITHMETIC = (rf"(?<![A-Za-z0-9_^])(?:[-+]?[0-9]+\s+(?=[0-9]+\s?/\s?[0-9]))?{RUN}"

@@ -410,11 +410,12 @@ def test_what_counts_is_the_answer_to_the_question_not_to_the_next_one(text, rig
 
 
 @pytest.mark.parametrize("piece", [
-    " ", "\n", "#", "* ", "> ", "3 ", "3\n", "\nQ:", "Question 1", "</think>", "answer is "])
+    " ", "\n", ",", ".", "#", "* ", "> ", "3 ", "3\n", "\nQ:", "Question 1", "</think>", "</s>"])
 def test_the_next_question_is_looked_for_in_linear_time(piece):
     clock = time.thread_time()
     for begin in ("", "#### 3"):
         rewards.text_of(begin + piece * (10**6 // len(piece)))
+    rewards.last_number(piece * 2000)
     math_answers.math_normal(piece * (500 // len(piece)) + "1")
     assert time.thread_time() - clock < 2                  # it was minutes if quadratic
 
