@@ -7,12 +7,12 @@ The algorithm (arXiv 2510.04019) in five lines:
     4. Rebuild the state x_t of each, score what it revealed again; clipped ratio (Eq. 3, 4).
     5. Weight each by 1 / (Z x mean number of draws), accumulate, then one optimizer step.
     python agrpo.py                  a laptop, minutes: a tiny diffusion model learns 4x4 Sudoku
-    python agrpo.py --task gsm8k     one GPU, 24 GB or more: LoRA on LLaDA-8B-Instruct
+    python agrpo.py --task gsm8k     one GPU, one night: LoRA on LLaDA-8B-Instruct
 B prompts x G completions = N rows; P prompt, C completion, L block length; T steps; K mc_steps;
     M views: a view is a state with the tokens to score on it; V vocabulary; x_t state, o tokens,
     u reveal_step, U_t target, A adv, r ratio, Z normalizer, tau temperature; R rows of N, n or l
     positions of theirs, k tokens of a support. Eq. 1 to 6: our numbers, not the paper's (README).
-Departs from the official code in (`--preset official` goes back in 2 to 4):
+Departs from the official code in (`--preset paper` goes back in 2 to 4):
     1. the choice of positions counts where it depends on the model (Eq. 6); 2. so does every step
     until the sampler stops: Z = T, advantage leave_one_out, 1/T of the gradient of E[R];
     3. rollouts by low confidence; 4. steps drawn over the batch, none twice, by their gradient.

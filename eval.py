@@ -32,6 +32,7 @@ from support.completions import (bootstrap, grade_row, locked_completions, open_
 from support.data import held_out, load_examples, load_split
 from support.figures import plot_frontier
 from support.files import need
+from support.presets import MODELS
 from support.processes import once, say
 from support.runs import percent, table
 
@@ -108,9 +109,8 @@ def report_evaluation(task: str, name: str, about: dict, results: list[dict], ou
     frontier (.png)."""
     rows = []
     for r in results:
-        row = {"length": r["length"], "steps": r["steps"], "NFE": f"{r['nfe']:.1f}",
-               "tokens/NFE": f"{r['tokens_per_nfe']:.2f}", "solved (95 % interval)": percent(r),
-               "n": r["n"]}
+        row = {"length": r["length"], "steps": r["steps"], "NFE": f"{r['nfe']:.1f}", "tokens/NFE":
+               f"{r['tokens_per_nfe']:.2f}", "solved (95 % interval)": percent(r), "n": r["n"]}
         if "k" in r:
             row |= {f"pass@{r['k']}": percent(r["pass_at_k"]), "majority": percent(r["majority"])}
         if "beside" in r:
@@ -199,8 +199,8 @@ def run(given: dict, flags) -> int:
         say(f"note: the model was trained on {seen} of these {len(examples)} examples")
     if cfg.model not in options.TINY:
         about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
-        longest = dataclasses.replace(cfg, completion_length=max(shapes)[0])
-        check_context(about.config, tokenizer, longest, examples)
+        check_context(about.config, tokenizer, dataclasses.replace(
+            cfg, completion_length=max(shapes)[0]), examples)
     policy, tokenizer = open_policy(cfg)
     settings["weights"], made = saving.fingerprint(policy), files.provenance(policy)
     name = Path(cfg.model.removesuffix("/model")).name
@@ -245,8 +245,8 @@ def main(argv=None) -> int:
     try:
         sampling = options.subset(list(OWNERS.values()), SAMPLING, options.GREEDY)
         argv, text = sys.argv[1:] if argv is None else argv, __doc__.partition("\n\nEvery")[0]
-        owners = {"evaluation": Flags, "sampling": sampling}
-        given = options.read_flags("eval.py", text, owners, argv)
+        given = options.read_flags(
+            "eval.py", text, {"evaluation": Flags, "sampling": sampling}, argv)
         flags = Flags(**{k: given.pop(k) for k in [*given] if k not in SAMPLING})
         if flags.regrade:
             need(given.keys() <= {"task"} and flags.steps == flags.lengths == "",
@@ -274,7 +274,7 @@ def parse(argv: list[str]) -> tuple:
     owners = {name.replace("-", "_"): owner for i, (name, owner) in enumerate(OWNERS.items())
               if i < 4 or not short or name in asked}
     words = "".join(f"\n{options.flag(knob)}: {', '.join(rows)}"
-                    for knob, rows in {"task": TASKS, **choices()}.items())
+                    for knob, rows in {"task": TASKS, "model": MODELS, **choices()}.items())
     text = agrpo.__doc__.partition("\n\n")[0] + words
     known = {word[2:]: value for word, value in zip(argv, argv[1:])
              if word in ("--task", "--model", "--method", "--preset", "--sft")}
@@ -305,7 +305,7 @@ def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) 
         context, mask_id = about.config.max_position_embeddings, about.mask_id
         length = check_context(about.config, tokenizer, cfg, examples + heldout)
         device = options.device_for(cfg)
-        cfg = cost.with_checkpointing(about.config, cfg, length, device)
+        cfg = cost.fitted(about.config, cfg, max(length), device)
         print(cost.announce(about.config, cfg, length, device, agrpo.processes()[1]), flush=True)
     if cfg.sft:
         examples = sft.sft_examples(tokenizer, cfg, examples, context, mask_id)
@@ -328,7 +328,7 @@ def run_training(cfg, loop, actions: dict) -> int:
 def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) -> int:
     """In the run's folder: evaluation, the loop, evaluation, table. Returns the exit code."""
     steps, half = options.numbers(cfg.eval_steps, "--eval-steps"), (len(heldout) + 1) // 2
-    run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg),
+    run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg, ends := []), ends,
                    method_of(cfg, tokenizer),
                    lambda: evaluate_at(policy, tokenizer, cfg, heldout[:half], steps[0]))
     run.seconds["base_model"] = time.perf_counter() - clock

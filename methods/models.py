@@ -36,10 +36,14 @@ def settle(given: dict, may_be_zero=frozenset()) -> Settings:
     BadInput for a value that none of them takes."""
     rules.check_values(Settings(**given), {**rules.CHOICES, **choices()},
                          rules.MAY_BE_ZERO | may_be_zero)
+    if "model" in given:
+        given = {**given, "model": options.hub_name(given["model"])}
     published = agrpo.METHODS[given.get("method", "agrpo")].settings
     settings = options.before_flags(given, published)
-    if "completion_length" in given:                           # of one's own: also evaluated
-        settings |= {"eval_length": 0, "eval_block_length": 0}
+    if "max_steps" in given:
+        settings |= {"hours": 0.0}
+    elif given.get("hours") and not settings.get("decay_steps"):
+        settings |= {"max_steps": options.NO_END}
     cfg, found = Settings(**settings | given), None
     rewards = torch.eye(2, 3)                                  # two groups of three
     with contextlib.suppress(RuntimeError):                    # shapes that do not go together
@@ -107,10 +111,11 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
         diffpo.add_controller(policy, cfg, about, train)
     return policy, tokenizer
 
-def check_context(config, tokenizer, cfg, examples: list) -> int:
-    """Tokens of the longest prompt. Raises BadInput if it and its completion do not fit."""
+def check_context(config, tokenizer, cfg, examples: list) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of a usual one. Raises BadInput if the longest and its
+    completion do not fit."""
     checkpoints.set_template_args(tokenizer, cfg.template_args)
-    ids, _ = checkpoints.encode_prompts(tokenizer, [
+    ids, prompt_mask = checkpoints.encode_prompts(tokenizer, [
         prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
     length = ids.shape[1]
     need(int(ids.max()) < config.vocab_size, f"--model {cfg.model}: its tokenizer makes tokens up "
@@ -118,7 +123,7 @@ def check_context(config, tokenizer, cfg, examples: list) -> int:
     longest, room = max(cfg.completion_length, cfg.eval_length), config.max_position_embeddings
     need(length + longest <= room, f"the longest prompt has {length} tokens, a completion "
          f"{longest}; the context is {room}")
-    return length
+    return length, int(prompt_mask.sum(1).double().mean())
 
 def lengths(traj, policy) -> Tensor:
     """(N,) tokens before the first EOS or end of turn, where a completion ends."""
@@ -136,7 +141,7 @@ def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     length, device = prompt_mask.sum(1), next(policy.model.parameters()).device
     mine = torch.tensor_split(torch.arange(len(examples)), world)[rank]
     mine = mine[length[mine].argsort(descending=True, stable=True)]
-    for part in mine.split(cfg.rollout_batch) if len(mine) else ():
+    for part in mine.split(cfg.rollout_batch or 64) if len(mine) else ():
         P = max(1, int(length[part].max()))
         at = ids[part, -P:].to(device), prompt_mask[part, -P:].to(device)
         traj = roll(policy, *at, cfg, [keys[i] for i in part])
@@ -146,8 +151,9 @@ def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     n = lengths(traj, policy).tolist()
     return traj, [tokenizer.decode(row[:k]) for row, k in zip(traj.tokens.cpu(), n)]
 
-def sampler(tokenizer, cfg):
-    """What agrpo.train_step samples and rewards with; each process grades its share."""
+def sampler(tokenizer, cfg, unfinished=None):
+    """What agrpo.train_step samples and rewards with; each process grades its share. unfinished: a
+    list that takes the share of completions that never end."""
     weights = read_weights(cfg.task, cfg.reward_weights)
 
     def sample(policy, examples, keys, cfg):
@@ -160,9 +166,12 @@ def sampler(tokenizer, cfg):
         parts, solved = zip(*agrpo.gather(graded))
         names = dict.fromkeys(name for part in parts for name in part)     # a missing part is 0
         parts = {name: [part.get(name, 0.0) for part in parts] for name in names}
+        length = lengths(traj, policy)
+        if unfinished is not None:
+            unfinished.append(float((length == cfg.completion_length).double().mean()))
         if cfg.overlong_penalty:
             parts["overlong"] = [
                 -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)
-                for n in lengths(traj, policy).tolist()]
+                for n in length.tolist()]
         return traj, parts, solved
     return sample

@@ -11,6 +11,7 @@ import torch
 
 from support.families import Checkpoint, read_checkpoint
 from support.files import need, read_json, refusing
+from support.presets import MODELS
 from support.templates import encode_prompts, end_of_turn, set_template_args
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -36,8 +37,8 @@ def check_model_exists(model: str):
     need(not written_as_path and not os.path.isdir(os.path.dirname(model)),
          f"--model {model}: there is no such folder")
     need(re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model),         # the hub's own limit
-         f"--model {model}: no such directory; give 'tiny', a checkpoint directory, or the hub's "
-         "owner/name")
+         f"--model {model}: no such directory; give 'tiny', a checkpoint directory, the hub's "
+         f"owner/name, or one of {', '.join(MODELS)}")
 
 def find_folder(model: str, weights: bool = True) -> Path:
     """--model -> a local directory: itself, or the hub's repository, downloaded once (without

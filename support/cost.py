@@ -50,7 +50,7 @@ def estimate(config, cfg, prompt_length: int, half: bool) -> dict:
     weights = (base - ends) * (0.52 if cfg.quantize else width if frozen else 4)
     weights += ends * (width if frozen else 4) + 2 * h * V * (frozen and half and not tied)
     trained = 16 * adapters if frozen else 12 * base
-    rows = min(cfg.rollout_batch, cfg.prompts * cfg.completions)
+    rows = min(cfg.rollout_batch or 64, cfg.prompts * cfg.completions)
     open_ = max(L, cfg.eval_block_length)                      # positions under the LM head
     rollout = rows * (S * width * (3 if frozen else 2) * (h + inner)
                       + open_ * V * 4 * (1.9 if cfg.top_k else 5.4))
@@ -73,17 +73,18 @@ def estimate(config, cfg, prompt_length: int, half: bool) -> dict:
     computed = {"none": cfg.steps * S, "block": cfg.steps * 2 * L, "dual": blocks * S + inside * L,
                 "prefix": blocks * S + inside * (C + L) / 2}[cfg.cache]
     forwards, evaluated = 3 - frozen + again, prompt_length + (cfg.eval_length or C)
+    a_call = 2 * (cfg.eval_block_length or L) if cfg.cache == "block" else evaluated     # tokens
     memory = {"weights": weights, "trained": trained, "rollout": rollout, "update": update,
               "total": weights + trained + max(rollout, update)}
     scored, evaluations = states_scored(cfg), sum(map(int, cfg.eval_steps.split(",")))
     batches = [0 if cfg.sft else math.ceil(cfg.prompts * cfg.completions / rows),
-               math.ceil(cfg.eval_examples / cfg.rollout_batch)]
+               math.ceil(cfg.eval_examples / (cfg.rollout_batch or 64))]
     return {**{k: v / 1e9 for k, v in memory.items()},
             "rollout_flops": 0 if cfg.sft else cfg.prompts * cfg.completions * (
                 computed * token + cfg.steps * head),
             "update_flops": scored * (forwards * S * token + 3 * head),
             "eval_flops": cfg.eval_examples * evaluations * (
-                evaluated * (body + 4 * evaluated * h * layers) + head),
+                a_call * (body + 4 * evaluated * h * layers) + head),
             "rollout_layers": layers * batches[0] * cfg.steps,
             "update_layers": layers * math.ceil(scored / at_once) * (3 + again),
             "eval_layers": layers * batches[1] * evaluations}
@@ -115,43 +116,72 @@ def matmul_rate(device: str) -> float:
     seconds = timeit.repeat(lambda: float((a @ a)[0, 0]), number=1)        # float waits for it
     return 2 * n**3 / min(seconds)
 
-def with_checkpointing(config, cfg, prompt_length: int, device: str):
-    """cfg with gradient_checkpointing auto decided: on where the update would otherwise not fit the
-    GPU's memory, or this machine's."""
-    if cfg.gradient_checkpointing != "auto":
-        return cfg
-    half, room = device.startswith("cuda"), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    room = torch.cuda.get_device_properties(device).total_memory if half else room
-    off = dataclasses.replace(cfg, gradient_checkpointing="off")
-    fits = estimate(config, off, prompt_length, half)["total"] < 0.9 * room / 1e9
-    return off if fits else dataclasses.replace(cfg, gradient_checkpointing="on")
+def room(device: str) -> float:
+    """Gigabytes of memory that a GPU has, or this machine."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
-def announce(config, cfg, prompt_length: int, device: str, processes: int) -> str:
-    """The estimate in words. Raises BadInput if weights and optimizer alone do not fit the GPU."""
-    gpu, rate = device.startswith("cuda"), matmul_rate(device)
-    cost = estimate(config, cfg, prompt_length, gpu)
-    rollout, update, evaluation = (
-        seconds(cost, part, rate, processes, gpu) for part in ("rollout", "update", "eval"))
-    step, steps = rollout + update, cfg.max_steps
+def fitted(config, cfg, prompt_length: int, device: str):
+    """cfg with rollout_batch and tokens_per_pass, where they are 0, and gradient_checkpointing auto
+    decided: as large as fits nine tenths of the memory, checkpointing last. None of them changes a
+    gradient."""
+    def with_largest(part: str, choices: list):
+        for some in choices:
+            at = dataclasses.replace(cfg, **some)
+            cost = estimate(config, at, prompt_length, device != "cpu")
+            if cost["weights"] + cost["trained"] + cost[part] < 0.9 * room(device):
+                break
+        return at
+    kept = [cfg.gradient_checkpointing] if cfg.gradient_checkpointing != "auto" else ["off", "on"]
+    tokens = [cfg.tokens_per_pass] if cfg.tokens_per_pass else [4096, 2048, 1024]
+    rows = [cfg.rollout_batch] if cfg.rollout_batch else [128, 64, 32, 16, 8, 4, 2, 1]
+    cfg = with_largest("update", [{"gradient_checkpointing": k, "tokens_per_pass": n}
+                                  for k in kept for n in tokens])
+    return with_largest("rollout", [{"rollout_batch": n} for n in rows])
+
+def whole_run(cost: dict, cfg, rate: float, processes: int = 1, gpu: bool = True) -> dict:
+    """Seconds of rollout, update, eval (each of one) and of the whole run, evaluations before,
+    after and on the way included; and its steps: max_steps, or as many as --hours allow."""
+    each = {part: seconds(cost, part, rate, processes, gpu)
+            for part in ("rollout", "update", "eval")}
+    step = each["rollout"] + each["update"]
+    step += each["eval"] / 2 / cfg.eval_every if cfg.eval_every else 0     # points of the curve
+    steps = cfg.max_steps
+    if cfg.hours:
+        steps = max(1, min(steps, int((3600 * cfg.hours - 2 * each["eval"]) / step)))
+    return {**each, "steps": steps, "total": steps * step + 2 * each["eval"]}
+
+def announce(config, cfg, lengths: tuple, device: str, processes: int) -> str:
+    """The whole run in a sentence, then its parts. lengths: tokens of the longest prompt, and of a
+    usual one. Raises BadInput if weights and optimizer alone do not fit the GPU."""
+    gpu = device != "cpu"
+    cost, usual = (estimate(config, cfg, length, gpu) for length in lengths)
+    run = whole_run(usual, cfg, matmul_rate(device), processes, gpu)
     size = {k: f"{v:.1f} GB" if v >= 1 else f"{1e3 * v:.0f} MB" for k, v in cost.items()}
-    text = (f"estimate: {size['total']} of memory beyond torch's own (weights {size['weights']}, "
+    time = {k: duration(v) for k, v in run.items()}
+    kind = "fine-tuning" if cfg.sft else f"--preset {cfg.preset}" if cfg.preset else "one night"
+    where = torch.cuda.get_device_name(device) if gpu else "this CPU"
+    fewer = f", what --hours {cfg.hours:g} allow," if run["steps"] < cfg.max_steps else ""
+    other = "" if cfg.preset or cfg.sft else "; --preset paper runs the published sizes"
+    step = duration(run["rollout"] + run["update"])
+    text = (f"{cfg.model}, {kind}: {run['steps']} steps{fewer} in {time['total']}, evaluations "
+            f"included, and {size['total']} of memory, an estimate for {where}{other}\n"
+            f"a step {step}: rollout {time['rollout']}, cache {cfg.cache}, update {time['update']};"
+            f" an evaluation {time['eval']}; weights {size['weights']}, "
             f"{'adapters' if cfg.lora_rank else 'gradients'} and optimizer {size['trained']}, "
-            f"rollout {size['rollout']} or update {size['update']}); {duration(step)} a step "
-            f"(rollout {duration(rollout)}, update {duration(update)}), {duration(evaluation)} for "
-            f"the evaluation before and after, {duration(steps * step + 2 * evaluation)} for "
-            f"{steps} steps, at 40 % of this machine's matmul rate")
-    if cfg.gradient_checkpointing == "on":
-        text += ", activations computed twice"
-    if device.startswith("cuda"):
-        room = torch.cuda.get_device_properties(device).total_memory / 1e9
-        least = cost["weights"] + cost["trained"]
-        if least > room:
+            f"rollout {size['rollout']} of {cfg.rollout_batch} rows, or update {size['update']} of "
+            f"{cfg.tokens_per_pass} tokens")
+    text += ", activations computed twice" * (cfg.gradient_checkpointing == "on")
+    if gpu:
+        least, there = cost["weights"] + cost["trained"], room(device)
+        if least > there:
             smaller = ("a larger GPU" if cfg.quantize else "--quantize 4bit" if cfg.lora_rank else
                        "--lora-rank 64")
-            raise BadInput(f"weights and optimizer need {least:.0f} GB, this GPU has {room:.0f}: "
+            raise BadInput(f"weights and optimizer need {least:.0f} GB, this GPU has {there:.0f}: "
                            f"{smaller}")
-        if cost["total"] > room:
-            text += (f"\nwarning: this GPU has {room:.0f} GB; smaller --rollout-batch and "
+        if cost["total"] > there:
+            text += (f"\nwarning: this GPU has {there:.0f} GB; smaller --rollout-batch and "
                      "--tokens-per-pass need less")
     return text
 

@@ -20,29 +20,29 @@ from support.checkpoints import (adapter_shape, base_of, check_model_exists, in_
 from support.cost import SMALL, parameter_count
 from support.data import check_files
 from support.files import need, read_json
+from support.presets import (APPROXIMATE, ESTIMATORS, GREEDY, LARGE, LLADA, SFT,
+                             TASK_SHAPES, TINY, WITH_CACHE, default_model, hub_name, sizes)
 from support.templates import (read_template_args, set_template_args, template_args,
                                write_template_args)
-
-TINY = ("tiny", "tiny-block")          # models made here
-LLADA = "GSAI-ML/LLaDA-8B-Instruct"    # what the tasks without a tiny model start from
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What to learn, with which model, where."""
     task: str = "sudoku"               # what to learn
-    model: str = "tiny"                # "tiny", "tiny-block", a directory, or the hub's owner/name
+    model: str = "tiny"                # tiny, tiny-block, a name below, a directory, owner/name
     data: str = ""                     # a file of examples instead of generated or published ones
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
     skip_bad_examples: bool = False    # leave out those whose own answer is graded wrong
     max_steps: int = 100               # optimizer steps = rollouts
-    preset: str = ""                   # official: as published (its limits: README); 24gb, 80gb
+    hours: float = 0.0                 # end in time, with as many steps as these allow; 0: all
+    preset: str = ""                   # paper: sizes and estimator as published; justgrpo
     sft: str = ""                      # fine-tuning instead of RL: gold, or a file of answers
     device: str = "auto"               # auto: cuda if there is one
     name: str = ""                     # of the folder runs/NAME; default: TASK-METHOD-seedSEED
     prompt: str = ""                   # bare, agrpo, d1; default: as trained here, else agrpo
     system_prompt: str = ""            # instructions in place of the prompt's own
     template_args: str = ""            # of its chat template: enable_thinking=true, or none
-    rollout_batch: int = 256           # completions denoised at once: memory, never the gradient
+    rollout_batch: int = 256           # completions denoised at once; 0: as memory allows
     save_every: int = 1                # steps between checkpoints
     eval_every: int = 20               # steps between points of the held-out curve; 0: off
 
@@ -81,30 +81,9 @@ class Actions:
     merge: str = ""                    # write the adapter of --model and its base here, and stop
     help_all: bool = False             # all flags: of every method, the tiny model, memory
 
-TASK_SHAPES = {                        # what a task needs otherwise; flags win over all of these
-    "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3",
-                  "max_steps": 150, "lr": 1e-3, "base_batch": 48}}
-RECIPE = {                             # of all but tiny models: as published, five epochs of GSM8K
-    "max_steps": 2335, "prompts": 16, "completions": 8, "completion_length": 384,
-    "block_length": 12, "steps": 128, "temperature": 0.6, "top_k": 150, "top_p": 0.99,
-    "mc_steps": 24, "lora_rank": 64, "lr": 5e-6, "warmup": 23, "decay_steps": 2335,
-    "eval_length": 256, "eval_block_length": 32, "eval_steps": "128", "eval_examples": 256,
-    "eval_every": 100}
-PRESETS = {
-    "": {},
-    "official": {"unmasking": "random", "timesteps": "low_discrepancy", "mc_steps": 2,   # 24 of 128
-                 "normalizer": "last_step", "advantage": "mean"},
-    "24gb": {"rollout_batch": 8, "tokens_per_pass": 2048},                     # below 60 GB
-    "80gb": {"rollout_batch": 64, "tokens_per_pass": 4096}}                    # above
-SFT = {                                # --sft: tiny models, others
-    True: {"lr": 1e-3, "max_steps": 400, "prompts": 32, "warmup": 40, "decay_steps": 400},
-    False: {"lr": 1e-5, "max_steps": 1000, "prompts": 16, "warmup": 20, "decay_steps": 1000}}
-GREEDY = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0,
-          "top_p": 1.0}                # how models are evaluated, as in the paper
-APPROXIMATE = ("prefix", "dual")       # of the caches
-WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # these
-MAY_CHANGE = ("name", "max_steps", "device", "save_every", "rollout_batch", "tokens_per_pass",
-              "gradient_checkpointing", "compile", "report_to")                # on --resume
+NO_END = 10**6                         # steps that no --hours allow
+MAY_CHANGE = ("name", "max_steps", "hours", "device", "save_every", "rollout_batch",
+              "tokens_per_pass", "gradient_checkpointing", "compile", "report_to")     # on --resume
 CONTROLLED = {"threshold": "threshold", "entropy": "entropy_bound"}    # by which --unmasking
 
 def flag(name: str) -> str:
@@ -139,6 +118,8 @@ def read_flags(prog: str, text: str, owners: dict, argv: list[str], settled=None
     names = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
     given = {name: value for group in vars(found).values() for name, value in vars(group).items()
              if name in names}
+    if "model" in given:
+        given["model"] = hub_name(given["model"])
     if given.get("template_args"):                             # one spelling of each
         known = read_template_args(given["template_args"])
         given["template_args"] = write_template_args(known)
@@ -177,8 +158,9 @@ def made_here(model: str) -> str:
 
 def before_flags(given: dict, published: dict) -> dict:
     """What the task, the kind of model, the method (published: as it is in the literature), the
-    preset and the GPU's memory ask for."""
+    preset and the GPU ask for."""
     model, preset = given.get("model", ""), given.get("preset", "")
+    device = device_of(given.get("device", "auto"))
     if model and model not in TINY:
         check_model_exists(model)
     known = saved_settings(model).get("task") if model and Path(model).is_dir() else None
@@ -187,21 +169,30 @@ def before_flags(given: dict, published: dict) -> dict:
          "known where its file is run")
     need(model or TASKS[task].speaks_tiny or TASKS[task].hub,
          f"--task {task} needs --model DIR: for the tiny model it has no generate and lazy")
-    model = model or ("tiny" if TASKS[task].speaks_tiny else LLADA)
-    kind, settings = made_here(model), {"task": task, "model": model}
+    model = model or ("tiny" if TASKS[task].speaks_tiny else default_model(device))
+    kind = made_here(model)
     if kind:
-        settings |= TASK_SHAPES.get(task, {})
+        settings = TASK_SHAPES.get(task, {}) | published | {"shrink": 2}   # 8: half a step of 8
         if model not in TINY and (in_run(Path(model)) / "adapter_config.json").is_file():
-            settings["lora_rank"] = RECIPE["lora_rank"]
+            settings |= {"lora_rank": 64}
+        settings |= ESTIMATORS[preset]
     else:
-        gpu = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 6e10
-        settings |= {**PRESETS[preset], **RECIPE, **PRESETS["80gb" if gpu else "24gb"]}
-    settings |= published
-    if kind:
-        settings["shrink"] = 2                                 # 8 of 128 would be half a step of 8
-    if kind or preset.endswith("gb"):
-        settings |= PRESETS[preset]
-    return settings | (SFT[bool(kind)] if given.get("sft") else {})
+        settings = ESTIMATORS[preset] | sizes(model, preset, device) | published
+    if "completion_length" in given:                           # of one's own: also evaluated
+        settings |= shorter(settings, given["completion_length"])
+    if given.get("sft"):
+        settings |= SFT[bool(kind)]
+    return settings | {"task": task, "model": model}
+
+def shorter(settings: dict, C: int) -> dict:
+    """What a completion length of one's own changes: the evaluation's, and the steps where sizes
+    give them, as many tokens a step."""
+    steps = {}
+    if "eval_length" in settings:
+        steps = {"steps": max(1, C * settings["steps"] // settings["completion_length"]),
+                 "eval_steps": str(max(1, C * int(settings["eval_steps"])
+                                       // settings["eval_length"]))}
+    return {"eval_length": 0, "eval_block_length": 0, **steps}
 
 def with_prompt(cfg):
     """The prompt settled: the one given, else the one this checkpoint was trained with here, else
@@ -216,6 +207,12 @@ def with_prompt(cfg):
 def tiny_block(cfg) -> int:
     """Tokens in a block of the tiny block-causal model; 0 for the one that sees everything."""
     return (cfg.model_block or 4) if cfg.model == "tiny-block" else 0
+
+def takes_cache(cfg, given: dict, config) -> bool:
+    """Whether a cache that nobody asked for is worth it, and goes with all that was asked for."""
+    return (config and parameter_count(config) > LARGE and cfg.method in ("agrpo", "exact")
+            and cfg.controller == cfg.value_model == "off" and not cfg.sft
+            and not given.keys() & {*WITH_CACHE, "normalizer"})
 
 def with_model(cfg, given: dict):
     """What the checkpoint settles: an adapter's rank is its own; a block-causal model is denoised
@@ -243,7 +240,9 @@ def with_model(cfg, given: dict):
                            f"{', '.join(f'{k} {v}' for k, v in own.items())}; --lora-rank 0 trains "
                            "all weights")
         cfg = dataclasses.replace(cfg, **own)
-    cache = given.get("cache", "block" if block else "none")
+    usual = "block" if block else cfg.cache if takes_cache(
+        cfg, given, about and about.config) else "none"
+    cache = given.get("cache", usual)
     kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
     need(cache not in (APPROXIMATE if block else ("block",)),
          f"--cache {cache}: {cfg.model} attends {kinds}")
@@ -264,6 +263,8 @@ def with_model(cfg, given: dict):
              f"--controller {cfg.controller}: {cfg.model} has another kind, {had}")
         cfg = unless_given(unmasking=rule, steps=C, position_term="off",
                            eval_steps=str(cfg.eval_length or C))
+    if cfg.unmasking == "left_to_right":                       # a token a step
+        cfg = unless_given(steps=C)
     if not block:
         return cfg
     if other := {given.get(k, block) for k in ("block_length", "eval_block_length")} - {block, 0}:
@@ -274,6 +275,8 @@ def with_model(cfg, given: dict):
         C = (-(-C // block) + 1) * block                       # the first is what the prompt left
         halves = [C >> k for k in range(1 if controlled else 3) if block % 2**k == 0]
         steps, eval_steps = halves[:2][-1], ",".join(map(str, halves))
+    if cfg.unmasking == "left_to_right":
+        steps = C
     return unless_given(block_length=block, eval_block_length=block, shrink=1, completion_length=C,
                         steps=steps, eval_steps=eval_steps)
 
@@ -288,10 +291,14 @@ def for_evaluation(cfg):
     return dataclasses.replace(at, unmasking=CONTROLLED[cfg.controller], controller_sigma=1e-9)
 
 # ------------------------------------------------------------------------------- device and name
-def device_for(cfg) -> str:
+def device_of(wanted: str) -> str:
     """"cpu", or this process's "cuda:i"."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"          # several processes: one GPU each
-    return local if cfg.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    return local if wanted in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+
+def device_for(cfg) -> str:
+    """Where a run computes."""
+    return device_of(cfg.device)
 
 def need_gpu(cfg):
     """Raises BadInput, one line that says what would run here, if the model is too large for a
@@ -313,7 +320,7 @@ def default_name(cfg) -> str:
     """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the
     run apart from the plain one."""
     other = cfg.model not in (*TINY, LLADA)
-    method = "" if cfg.method == "agrpo" and cfg.preset else cfg.method
+    method = "" if cfg.method in ("agrpo", "exact") and cfg.preset else cfg.method
     parts = (cfg.task, "tiny-block" if cfg.model == "tiny-block" else "",
              f"on-{Path(cfg.model).name}" if other else "",
              *(["sft"] if cfg.sft else [method, cfg.preset]),

@@ -10,13 +10,13 @@ import torch
 from rewards import FORMATS, TASKS, BadInput, read_weights
 from support.data import check_files
 from support.files import need
-from support.options import (APPROXIMATE, CONTROLLED, PRESETS, TINY, device_for, flag,
-                             for_evaluation, numbers)
+from support.options import CONTROLLED, device_for, flag, for_evaluation, numbers
+from support.presets import APPROXIMATE, SIZES, TINY
 
 NOT_RANDOM = ("low_confidence", "confidence", "threshold", "entropy_bound", "left_to_right")
 WITHOUT_DRAWS = ("exact", "diffu-grpo", "diffpo", "tracerl", "dipo")   # of the methods here
 CHOICES = {
-    "task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
+    "task": TASKS, "preset": SIZES, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
     "device": ("auto", "cpu", "cuda"), "position_term": ("on", "off"),
     "order_score": ("max_prob", "neg_entropy"), "compile": ("off", "on"),
     "value_model": ("off", "on"), "gradient_checkpointing": ("auto", "on", "off"),
@@ -25,9 +25,9 @@ CHOICES = {
     "controller_training": ("joint", "alone"),
     "report_to": ("", "tensorboard", "wandb", "trackio")}      # and the tables of agrpo.py
 MAY_BE_ZERO = {                        # beside those that are 0 by default
-    "max_steps", "entropy_bound", "overlong_from", "warmup", "weight_decay", "eval_every",
-    "base_lazy", "dynamic_sampling", "prompt_masking", "importance_cap", "truncation", "gamma",
-    "lam", "alpha"}
+    "max_steps", "rollout_batch", "tokens_per_pass", "entropy_bound", "overlong_from", "warmup",
+    "weight_decay", "eval_every", "base_lazy", "dynamic_sampling", "prompt_masking",
+    "importance_cap", "truncation", "gamma", "lam", "alpha"}
 
 def check_values(cfg, choices: dict, may_be_zero: set):
     """Raises BadInput for a setting that is none of its choices, or a number that is negative,
@@ -56,7 +56,8 @@ GOES_WITH = (                          # settings, and what they act with only
      "--model tiny or tiny-block"),
     ("train_examples", "generated examples, not with --data",
      lambda c: c.model in TINY or TASKS[c.task].generate and not c.data),
-    ("preset", "--method agrpo", lambda c: c.preset != "official" or c.method == "agrpo"),
+    ("preset", "--method agrpo",
+     lambda c: c.method == {"": c.method, "justgrpo": "exact"}.get(c.preset, "agrpo")),
     ("clip clip_high", "--inner-epochs 2 or more: at the first every ratio is 1",
      lambda c: c.inner_epochs > 1),
     ("kl_reference", "--kl"),

@@ -20,10 +20,12 @@ from support.cost import peak_memory_mb
 from support.figures import plot_curves, plot_frontier
 from support.files import need, read_json, refusing, write_atomically, write_json
 from support.processes import anyone, once, processes
+from support.verdict import AFTER, verdict
 
 def read_results(path: Path) -> list[dict]:
     """Evaluations that a run kept. Raises BadInput."""
-    results, keys = read_json(path, list), {"steps", "solved", "ci95", "n", "nfe", "completions"}
+    results = read_json(path, list)
+    keys = {"steps", "solved", "ci95", "n", "nfe", "completions", "seconds"}
     need(all(isinstance(result, dict) and keys <= result.keys() for result in results),
          f"cannot read {path}: it holds no evaluations")
     return results
@@ -194,6 +196,7 @@ class Run:
     policy: torch.nn.Module
     examples: list
     sample: Callable                   # as agrpo.sample_step takes it
+    unfinished: list                   # it notes of each step the share that never ends
     method: tuple                      # the row of METHODS
     evaluate: Callable                 # () -> a result with solved and seconds
     seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(
@@ -202,23 +205,34 @@ class Run:
     skipped: int = 0                   # steps in a row
 
     def steps(self, optimizer):
-        """The steps from the folder's checkpoint on, to max_steps or until a stop is asked for."""
-        start, last, self.optimizer = 0, self.cfg.max_steps, optimizer
+        """The steps from the folder's checkpoint on, to max_steps, to the end of --hours or until a
+        stop is asked for."""
+        start, self.last, self.optimizer = 0, self.cfg.max_steps, optimizer
         self.first = processes()[0] == 0
         log, self.checkpoint = self.folder / "log.csv", self.folder / "checkpoint.pt"
         if self.checkpoint.is_file():
             saved = load_checkpoint(self.checkpoint, self.policy, optimizer)
             start = saved["step"]
             self.seconds.update(saved["seconds"])
+            self.last = once(self.within_hours, start)
         once(lambda: write_log(log, read_log(log, before_step=start)))
         with (tracker(self.cfg, self.folder) as self.track, stop_requests() as self.stops,
-              tqdm(desc="agrpo", unit="step", initial=start, total=max(start, last),
+              tqdm(desc="agrpo", unit="step", initial=start, total=max(start, self.last),
                    disable=None if self.first else True) as self.progress):
-            for step in range(start, last):
+            step = start
+            while step < self.last and not self.stopped:
                 yield step
-                if self.stopped:
-                    break
-        self.stopped = self.stopped and step + 1 < last
+                step += 1
+        self.stopped = self.stopped and step < self.last
+
+    def within_hours(self, done: int) -> int:
+        """The last step: as many as --hours allow at the pace so far, evaluations included."""
+        if not self.cfg.hours:
+            return self.cfg.max_steps
+        spent = sum(self.seconds[part] for part in ("rollout", "update", "eval"))
+        base = read_results(self.folder / "eval_base.json")
+        left = 3600 * self.cfg.hours - 2 * sum(r["seconds"] for r in base) - spent
+        return min(self.cfg.max_steps, done + max(0, int(left * done / spent)))
 
     def keep(self, row: dict):
         """The row goes to the log, then the weights: a run killed in between repeats the step."""
@@ -232,7 +246,8 @@ class Run:
         row["peak_memory_mb"] = peak_memory_mb()
         self.stopped, bad = anyone(bool(self.stops)), row["skipped"]
         self.skipped = bad * (self.skipped + 1)
-        save = done % cfg.save_every == 0 or self.stopped or done == cfg.max_steps
+        self.last = once(self.within_hours, done)
+        save = done % cfg.save_every == 0 or self.stopped or done >= self.last
         if self.first:
             append_log(self.folder / "log.csv", row)
         if self.first and save:
@@ -243,12 +258,17 @@ class Run:
             raise FloatingPointError(
                 f"step {row['step']}: loss or gradient was not finite {GIVE_UP} times in a row; no "
                 "such step changed the weights, the last checkpoint is intact (try a lower --lr)")
+        self.progress.total = self.last
         self.progress.update()
         shown = ("loss", "reward", "solved", "ratio", "grad_norm", "entropy", "nfe")
         shown = {k: f"{row[k]:.3g}" for k in shown if k in row}
         self.progress.set_postfix(shown)
         if self.first and self.progress.disable:               # a file, not a terminal
             print(f"step {row['step']}:", *(f"{k} {v}" for k, v in shown.items()), flush=True)
+        if self.first and done == AFTER and "reward" in row:
+            self.progress.clear()
+            rows = read_log(self.folder / "log.csv")
+            print(verdict(rows, self.unfinished), flush=True)
 
 def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     """What is printed when a run begins."""

@@ -16,7 +16,7 @@ import eval as evaluation
 from methods import caches, models, sft
 from methods.dipo import BlockPolicy
 from rewards import BadInput
-from support import checkpoints, cost, options, rules, templates
+from support import checkpoints, cost, rules, templates
 from tools import Settings, load, save, train_step
 
 CFG = Settings(task="gsm8k", completion_length=8, block_length=4, steps=4, prompts=2, completions=4)
@@ -430,32 +430,6 @@ def test_a_run_on_a_block_causal_model_takes_its_blocks(here, monkeypatch, capsy
         agrpo.main([*flags, "--block-length", "8", "--name", "y"]) == 2
         and "blocks of 4" in capsys.readouterr().err
     )
-
-
-def test_the_defaults_for_a_checkpoint_are_the_published_recipe(job):
-    cfg, _ = evaluation.parse(["--task", "gsm8k", "--model", "model", "--device", "cpu"])
-    assert (cfg.prompts, cfg.completions, cfg.completion_length, cfg.block_length, cfg.steps,
-            cfg.mc_steps) == (16, 8, 384, 12, 128, 24)
-    assert (cfg.temperature, cfg.top_k, cfg.top_p, cfg.lr, cfg.lora_rank, cfg.lora_alpha,
-            cfg.weight_decay, cfg.clip) == (0.6, 150, 0.99, 5e-6, 64, 64, 0.01, 0.2)
-    # five epochs, 1 % of them
-    assert cfg.max_steps == cfg.decay_steps == 5 * 7473 // 16 and cfg.warmup == cfg.max_steps // 100
-    assert (cfg.eval_length, cfg.eval_block_length, cfg.eval_steps, cfg.prompt) == (
-        256, 32, "128", "agrpo")
-    assert (
-        options.for_evaluation(cfg).completion_length == 256
-        and options.for_evaluation(cfg).temperature == 0
-    )
-    assert (cfg.rollout_batch, cfg.gradient_checkpointing) == (8, "auto")  # no GPU: as the smallest
-    large, _ = evaluation.parse(
-        ["--task", "gsm8k", "--model", "model", "--device", "cpu", "--preset", "80gb",
-         "--rollout-batch", "7", "--mc-steps", "2"]
-    )
-    assert (large.rollout_batch, large.gradient_checkpointing, large.mc_steps) == (
-        7, "auto", 2)  # flags win
-    official, _ = evaluation.parse(
-        ["--task", "gsm8k", "--model", "model", "--device", "cpu", "--preset", "official"])
-    assert (official.unmasking, official.advantage, official.mc_steps) == ("random", "mean", 24)
 
 
 @pytest.mark.parametrize(

@@ -616,7 +616,8 @@ def test_help_shows_the_defaults_of_what_is_asked_for(capsys):
                        "--completion-length": "16"}
     assert shown("--method", "diffpo")["--advantage"] == "mean"
     assert shown("--method", "diffpo")["--position-term"] == "off"
-    assert shown("--task", "gsm8k")["--completion-length"] == "384"
+    assert shown("--task", "gsm8k")["--completion-length"] == "256"
+    assert shown("--task", "gsm8k", "--preset", "paper")["--completion-length"] == "384"
 
 
 @pytest.fixture

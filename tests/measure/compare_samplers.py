@@ -37,7 +37,7 @@ def load(folder: Path) -> dict:
     )
     arm = (
         "official preset"
-        if cfg["preset"]
+        if cfg["preset"] in ("official", "paper")
         else cfg["unmasking"] + (", tokens only" if cfg["position_term"] == "off" else "")
     )
     points, seconds = [], 0.0

@@ -7,7 +7,8 @@
     caches    caches, packed pass, FlexAttention and left padding against the plain forward
     steps     the gradient of one step of every method against the CPU's
     families  python agrpo.py, two steps on small checkpoints of each published family; eval.py
-    large     one RL step at the shapes of LLaDA-8B, SDAR-1.7B and Qwen3-0.6B with random weights
+    large     one RL step of one night at the shapes of LLaDA-8B, SDAR-1.7B and Qwen3-0.6B, random
+              weights; its hours against the forecast
     runs      python agrpo.py, whole and resumed
     compile   the smallest of these and the first under torch.compile
 
@@ -22,6 +23,7 @@ import csv
 import dataclasses
 import gc
 import json
+import math
 import os
 import sys
 import tempfile
@@ -41,6 +43,7 @@ import checkpoints as written  # noqa: E402
 import eval as evaluation  # noqa: E402
 from methods import caches, dipo, scored  # noqa: E402
 from methods.models import Settings, compile_layers, generate, settle  # noqa: E402
+from shapes import SHAPES, night, stock_config  # noqa: E402
 from support import checkpoints, cost, data, tiny  # noqa: E402
 
 class Report:
@@ -274,33 +277,13 @@ def families(report, device, small):
                                                            for row in log), most=0.02)
 
 # ------------------------------------------------------------------------------------ large models
-SHAPES = {                             # vocabulary, width, inner, layers, heads, of keys, tied
-    "LLaDA-8B": (126464, 4096, 12288, 32, 32, 32, False),
-    "SDAR-1.7B": (151936, 2048, 6144, 28, 16, 8, True),
-    "Qwen3-0.6B": (151936, 1024, 3072, 28, 16, 8, True)}
-SIZES = {"prompts": 8, "completions": 8, "completion_length": 256, "mc_steps": 4}
-LLADA, BLOCKS = {"block_length": 32, "steps": 64}, {"block_length": 4, "steps": 128}
-LARGE = {                              # shape, block of its attention, its sizes beside SIZES
-    "8B": ("LLaDA-8B", 0, LLADA), "8B, dual cache": ("LLaDA-8B", 0, LLADA | {"cache": "dual"}),
-    "1.7B, block cache": ("SDAR-1.7B", 4, BLOCKS | {"cache": "block"}),
-    "0.6B, block cache": ("Qwen3-0.6B", 4, BLOCKS | {"cache": "block"}),
-    "8B, 8 rows": ("LLaDA-8B", 0, LLADA | {"prompts": 1, "preset": "24gb"}),
-    "8B, official, 8 rows": ("LLaDA-8B", 0, {
-        "preset": "official", "prompts": 1, "completion_length": 384, "mc_steps": 24,
-        "block_length": 12, "steps": 32})}                     # of 128
+LARGE = {                              # model by its short name, what differs from one night
+    "8B": ("llada-8b", {"cache": "none"}), "8B, dual cache": ("llada-8b", {"cache": "dual"}),
+    "1.7B, block cache": ("sdar-1.7b", {}), "0.6B, block cache": ("qwen3-0.6b-bd3lm", {}),
+    "8B, 8 rows": ("llada-8b", {"cache": "none", "prompts": 1, "gradient_checkpointing": "on"}),
+    "8B, paper, 8 rows": ("llada-8b", {"preset": "paper", "prompts": 1, "steps": 32,    # of 128
+                                       "gradient_checkpointing": "on"})}
 MASK, EOS, PROMPT = 5, 6, 200
-
-def stock_config(name: str, small: bool):
-    """The stock configuration of a shape."""
-    V, hidden, inner, layers, heads, kv_heads, tied = SHAPES[name]
-    if small:
-        V, hidden, inner, layers, heads, kv_heads = 512, 64, 128, 2, 4, 4
-    kind, own = (transformers.Qwen3Config, {"head_dim": 16 if small else 128}) \
-        if "Qwen" in name or "SDAR" in name else (transformers.LlamaConfig, {})
-    return kind(vocab_size=V, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-                max_position_embeddings=4096, pad_token_id=None, use_cache=False, is_causal=False,
-                **own)
 
 def large_policy(config, block: int, cfg, device: str, lean=True):
     """Random bfloat16 weights made on the device, with adapters."""
@@ -321,16 +304,18 @@ def large_policy(config, block: int, cfg, device: str, lean=True):
     policy.flex = device != "cpu"
     return policy
 
-def settings_of(block, given, small):
-    """Settings of a step at these sizes."""
-    given = SIZES | given
-    cfg = settle({"task": "gsm8k", "model": "random/weights", "device": "cpu", "preset": "80gb",
-                  **given})
-    cfg = dataclasses.replace(cfg, gradient_checkpointing="off" if cfg.preset == "80gb" else "on")
+def block_of(name, small) -> int:
+    """Tokens in a block of its attention."""
+    return min(SHAPES[name][1], 4 if small else math.inf)
+
+def settings_of(name, given, config, device, small):
+    """Settings of a step at these sizes, as one night on this GPU takes them."""
+    cfg = night(name, **given)
     if small:
-        cfg = dataclasses.replace(cfg, prompts=1, completions=2, completion_length=24, steps=6,
-                                  block_length=block or 12, mc_steps=2, lora_rank=4, top_k=50)
-    return cfg
+        cfg = dataclasses.replace(cfg, prompts=min(2, cfg.prompts), completions=2, mc_steps=2,
+                                  completion_length=24, steps=6, lora_rank=4, top_k=50,
+                                  block_length=block_of(name, small) or 12)
+    return cost.fitted(config, cfg, PROMPT, device)
 
 def rolled(roll):
     """A sampler of random prompts and rewards."""
@@ -362,6 +347,12 @@ def one_step(report, name, policy, config, cfg, device):
         used = forecast[f"{part}_flops"] / row[f"{part}_seconds"] / rate
         report.figure(f"{name}: {part}, share of the matmul rate", 100 * used, "%")
         report.figure(f"{name}: {part}, forecast", cost.seconds(forecast, part, rate), "s")
+    if cfg.prompts > 1:
+        for kind, parts in (("measured", row), ("forecast", {
+                f"{part}_seconds": cost.seconds(forecast, part, rate)
+                for part in ("rollout", "update")})):
+            hours = cfg.max_steps * (parts["rollout_seconds"] + parts["update_seconds"]) / 3600
+            report.figure(f"{name}: {cfg.max_steps} such steps, {kind}", hours, "h")
     peak = (bench.memory(device) - (0 if device == "cuda" else before)) / 1e3
     report.figure(f"{name}: peak memory", peak, "GB")
     report.figure(f"{name}: peak memory, forecast", forecast["total"], "GB")
@@ -374,13 +365,14 @@ def free(device):
 def large(report, device, small):
     """One RL step of every shape; the plain recipe's first steps beside that of 8 rows."""
     report.figure("matmul rate", cost.matmul_rate(device) / 1e12, "TFLOP/s")
-    for name, (shape, block, given) in LARGE.items():
+    for name, (model, given) in LARGE.items():
         try:
-            cfg, config = settings_of(block, given, small), stock_config(shape, small)
-            policy = large_policy(config, block, cfg, device)
+            config = stock_config(model, small)
+            cfg = settings_of(model, given, config, device, small)
+            policy = large_policy(config, block_of(model, small), cfg, device)
             profile(report, name, policy, cfg, device)
             one_step(report, name, policy, config, cfg, device)
-            if cfg.prompts == 1 and cfg.preset != "official":
+            if cfg.prompts == 1 and not cfg.preset:
                 plain(report, name, policy, cfg, device)
         except Exception as error:
             report.add(f"{name}: {first_line(error)}", "", verdict="FAIL")
@@ -429,9 +421,9 @@ def plain(report, name, policy, cfg, device):
 def compiled(report, device, small):
     """Large shapes under torch.compile, as --compile on: short ones first, then a step as above."""
     for name in ("0.6B, block cache", "8B, 8 rows"):
-        shape, block, given = LARGE[name]
-        cfg, config = settings_of(block, given, small), stock_config(shape, small)
-        policy = large_policy(config, block, cfg, device)
+        (model, given), config = LARGE[name], stock_config(LARGE[name][0], small)
+        cfg = settings_of(model, given, config, device, small)
+        policy = large_policy(config, block_of(model, small), cfg, device)
         compile_layers(policy.model, "eager" if small else "inductor")
         clock = time.perf_counter()
         profile(report, f"{name}, compiled", policy, cfg, device)

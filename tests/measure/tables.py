@@ -421,6 +421,113 @@ def samplers() -> str:
     )
 
 
+# ------------------------------------------------------------------------------------- one night
+def nights() -> str:
+    """Hours and gigabytes by model and GPU."""
+    found = groups(read("nights.csv"), "model", "gpu", "preset")
+    gpus = list(dict.fromkeys(gpu for _, gpu, _ in found))
+
+    def cell(model, gpu, preset):
+        (r,) = found.get((model, gpu, preset), [None])
+        if r is None or not r["fits"]:
+            return "does not fit"
+        steps = f", {r['steps']:.0f} steps" if r["steps"] < 300 else ""
+        cache = ", `dual`" if r["cache"] == "dual" else ""
+        return f"{r['hours']:.3g} h, {r['gigabytes']:.0f} GB{steps}{cache}"
+
+    return markdown(
+        ["`--model`", *gpus, f"`--preset paper`, {gpus[-1]}"],
+        [
+            [
+                f"`{model}`",
+                *(cell(model, gpu, "one night") for gpu in gpus),
+                cell(model, gpus[-1], "paper"),
+            ]
+            for model in dict.fromkeys(model for model, _, _ in found)
+        ],
+    )
+
+
+def lever_runs() -> dict:
+    """(task, lever, setting) -> {seed: rows of a run, from the base model on}"""
+    found = {}
+    for (task, lever, setting, seed), own in groups(
+        read("levers.csv"), "task", "lever", "setting", "seed"
+    ).items():
+        found.setdefault((task, lever, setting), {})[seed] = own
+    return found
+
+
+def levers() -> str:
+    """What each lever brings in the same time."""
+    runs, lines = lever_runs(), []
+    for (task, lever, setting), own in runs.items():
+        paper, ours = (
+            runs[task, name, ""] for name in ("published proportions", "ours")
+        )
+        budget = max(rows[-1]["seconds"] for rows in paper.values())
+
+        def share(of, seed):
+            return 100 * at([(r["seconds"], r["held_out"]) for r in of[seed]], budget)
+
+        def gain(of):
+            return statistics.mean(share(of, s) - 100 * of[s][0]["held_out"] for s in own)
+
+        last = [rows[-1] for rows in own.values()]
+        lines.append(
+            [
+                task,
+                f"{lever} {setting:g}" if setting != str(setting) else f"{lever} {setting}".strip(),
+                len(own),
+                f"{statistics.mean(r['step'] for r in last):.0f}",
+                f"{100 * statistics.mean(r['rollout'] for r in last):.0f}",
+                spread([share(own, s) for s in own]),
+                ", ".join(f"{share(own, s) - share(ours, s):+.1f}" for s in own),
+                f"{gain(own) / gain(paper):.2f}",
+            ]
+        )
+    return markdown(
+        [
+            "task",
+            "lever",
+            "seeds",
+            "steps",
+            "time in rollouts, %",
+            "held out, %",
+            "less ours, by seed",
+            "gain a second, times the published",
+        ],
+        lines,
+    )
+
+
+def left_to_right() -> str:
+    """Trained by one order, evaluated by two."""
+    names = {
+        ("ours", ""): "low confidence",
+        ("tokens a step", "1"): "low confidence, a token a step",
+        ("sampler", "random"): "random",
+        ("sampler", "left to right"): "left to right, K = 1",
+        ("sampler", "JustGRPO"): "left to right, all steps (JustGRPO)",
+    }
+    return markdown(
+        ["task", "trained", "seeds", "evaluated by low confidence, %", "left to right, %"],
+        [
+            [
+                task,
+                names[lever, setting],
+                len(own),
+                *(
+                    spread([100 * rows[-1][name] for rows in own.values()])
+                    for name in ("held_out", "left_to_right")
+                ),
+            ]
+            for (task, lever, setting), own in lever_runs().items()
+            if (lever, setting) in names
+        ],
+    )
+
+
 # --------------------------------------------------------------------- controller, speed, caches
 def controller() -> str:
     lines = [
@@ -545,6 +652,9 @@ TABLES = {
         methods_time,
         methods_pace,
         samplers,
+        nights,
+        levers,
+        left_to_right,
         controller,
         bench,
         scaling,

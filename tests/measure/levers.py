@@ -1,0 +1,127 @@
+"""What each lever of the cost buys: solved share per second against the published proportions.
+
+    python tests/measure/levers.py TASK ...        runs every arm of those tasks, three seeds
+
+Each run has the same processor time of rollout and update on one thread (other work on the machine
+does not count), from the same base model of its seed; all but what an arm names is the laptop's
+default. Held-out shares: 256 examples, greedy, one token a step, by low confidence, at the end left
+to right, too. Rows go to assets/levers.csv after every run, and a run that is there is not made
+again. The table: python tests/measure/tables.py.
+"""
+
+import csv
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch  # noqa: E402
+
+import agrpo  # noqa: E402
+import eval as evaluation  # noqa: E402
+from methods import models  # noqa: E402
+from support import data, options  # noqa: E402
+import tables  # noqa: E402
+
+PLACE = Path(__file__).resolve().parents[2] / "assets" / "levers.csv"
+BUDGET = {"sudoku": 30, "countdown": 20}  # seconds
+POINTS = 3  # of each curve
+OURS = "--prompts 16 --completions 8"  # the published batch
+FULL = {"sudoku": 16, "countdown": 12}  # tokens of a completion; FULL: a step each
+ARMS = {  # lever: {setting: flags}; K = 1, low confidence and half of the steps where not named
+    "published proportions": {"": f"{OURS} --preset official"},
+    "ours": {"": OURS},
+    "K": {
+        "2": f"{OURS} --mc-steps 2",
+        "4": f"{OURS} --mc-steps 4",
+        "all": f"{OURS} --method exact",
+    },
+    "prompts x completions": {
+        f"{b} x {g}": f"--prompts {b} --completions {g}"
+        for b, g in ((32, 4), (8, 16), (4, 32), (4, 8), (8, 8), (32, 8), (16, 16))
+    },
+    "tokens a step": {"1": f"{OURS} --steps FULL", "4": f"{OURS} --steps QUARTER"},
+    "sampler": {
+        "threshold 0.9": f"{OURS} --unmasking threshold --threshold 0.9 --steps FULL",
+        "threshold 0.7": f"{OURS} --unmasking threshold --threshold 0.7 --steps FULL",
+        "random": f"{OURS} --unmasking random",
+        "left to right": f"{OURS} --unmasking left_to_right --steps FULL",
+        "JustGRPO": f"{OURS} --unmasking left_to_right --steps FULL --method exact --advantage std",
+    },
+    "cache": {"dual": f"{OURS} --cache dual"},
+}
+
+
+def run(task: str, seed: int, flags: str) -> list[dict]:
+    """One run of BUDGET seconds -> its held-out shares, from the base model on."""
+    C = FULL[task]
+    flags = flags.replace("FULL", str(C)).replace("QUARTER", str(C // 4)).split()
+    cfg, _ = evaluation.parse(
+        ["--task", task, "--seed", str(seed), "--device", "cpu", *flags, "--eval-steps", str(C)]
+    )
+    policy, tokenizer = models.open_policy(cfg, train=True)
+    train, test = data.load_split(task, cfg.train_examples, 256, seed)
+    optimizer, sample = agrpo.make_optimizer(policy, cfg), models.sampler(tokenizer, cfg)
+    method = evaluation.method_of(cfg, tokenizer)
+    method.begin(policy, optimizer, cfg)
+    one_step, rows, total = method.train_step or agrpo.train_step, [], {"passes": 0, "calls": 0}
+    seconds = rollout = step = 0
+
+    def measured() -> float:
+        return evaluation.evaluate_at(policy, tokenizer, cfg, test, C)["solved"]
+
+    rows.append({"seconds": 0, "step": 0, **total, "held_out": measured(), "rollout": 0})
+    while seconds < BUDGET[task]:
+        clock = time.process_time()
+        row = one_step(policy, optimizer, train, step, cfg, sample)
+        spent = time.process_time() - clock
+        seconds, step = seconds + spent, step + 1
+        rollout += spent * row["rollout_seconds"] / (row["rollout_seconds"] + row["update_seconds"])
+        total["passes"] += row["passes"]
+        total["calls"] += row["nfe"] * row["sampled"]
+        if seconds >= BUDGET[task] * len(rows) / POINTS:
+            rows.append(
+                {"seconds": seconds, "step": step, **total, "held_out": measured()}
+                | {"rollout": rollout / seconds}
+            )
+    at = dataclasses.replace(options.for_evaluation(cfg), unmasking="left_to_right", steps=C)
+    rows[-1]["left_to_right"] = evaluation.evaluate(
+        lambda exs, keys: evaluation.completed(policy, tokenizer, exs, keys, at), task, test
+    )["solved"]
+    return rows
+
+
+FIELDS = "task lever setting seed seconds step passes calls rollout held_out left_to_right".split()
+
+
+def main(tasks: list):
+    torch.set_num_threads(1)
+    rows = list(csv.DictReader(open(PLACE))) if PLACE.is_file() else []
+    for task in tasks:
+        for seed in range(3):
+            for lever, settings in ARMS.items():
+                for setting, flags in settings.items():
+                    key = {"task": task, "lever": lever, "setting": setting, "seed": str(seed)}
+                    if any(key.items() <= row.items() for row in rows):
+                        continue
+                    clock = time.time()
+                    new = run(task, seed, flags)
+                    rows += [
+                        {
+                            k: str(round(v, 4) if isinstance(v, float) else v)
+                            for k, v in {**key, **row}.items()
+                        }
+                        for row in new
+                    ]
+                    with tables.writing(PLACE) as f:
+                        out = csv.DictWriter(f, FIELDS, lineterminator="\n")
+                        out.writeheader()
+                        out.writerows(rows)
+                    print(
+                        *key.values(), f"{time.time() - clock:.0f} s", new[-1], sep="  ", flush=True
+                    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

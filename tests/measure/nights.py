@@ -1,0 +1,51 @@
+"""What a run is forecast to cost, by model, GPU and preset, from shapes alone.
+
+    python tests/measure/nights.py         assets/nights.csv, which tables.py makes a table of
+"""
+import csv
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch  # noqa: E402
+from support import cost  # noqa: E402
+import tables  # noqa: E402
+from shapes import SHAPES, night, stock_config  # noqa: E402
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+GPUS = {                               # gigabytes, bfloat16 operations per second, generation
+    "12 GB (RTX 3060)": (12.6, 51e12, 8), "24 GB (RTX 4090)": (25.4, 165e12, 8),
+    "40 GB (A100)": (42.3, 250e12, 8), "80 GB (H100)": (84.9, 700e12, 9)}
+LONGEST, USUAL = 400, 250              # tokens of GSM8K's prompts
+
+def main():
+    rows = []
+    for gpu, (memory, rate, generation) in GPUS.items():
+        with mock.patch.multiple(torch.cuda, is_available=lambda: True,
+                                 get_device_capability=lambda device: (generation, 0)), \
+                mock.patch.object(cost, "room", lambda device: memory):
+            for preset in ("", "paper"):
+                for name in SHAPES:
+                    config, cfg = stock_config(name), night(name, preset=preset)
+                    if preset and SHAPES[name][1] and cfg.completion_length % SHAPES[name][1]:
+                        continue
+                    cfg = cost.fitted(config, cfg, LONGEST, "cuda:0")
+                    run = cost.whole_run(cost.estimate(config, cfg, USUAL, True), cfg, rate)
+                    total = cost.estimate(config, cfg, LONGEST, True)["total"]
+                    rows.append({
+                        "model": name, "gpu": gpu, "preset": preset or "one night",
+                        "cache": cfg.cache, "rollout_batch": cfg.rollout_batch,
+                        "tokens_per_pass": cfg.tokens_per_pass, "gradient_checkpointing":
+                        cfg.gradient_checkpointing, "steps": run["steps"],
+                        "seconds_a_step": f"{run['rollout'] + run['update']:.1f}",
+                        "seconds_an_evaluation": f"{run['eval']:.0f}",
+                        "hours": f"{run['total'] / 3600:.1f}", "gigabytes": f"{total:.1f}",
+                        "fits": int(total < memory)})
+    with tables.writing(ASSETS / "nights.csv") as f:
+        out = csv.DictWriter(f, rows[0], lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+
+if __name__ == "__main__":
+    main()
