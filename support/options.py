@@ -29,7 +29,7 @@ from support.templates import (read_template_args, set_template_args, template_a
 class Run:
     """What to learn, with which model, where."""
     task: str = "sudoku"               # what to learn
-    model: str = "tiny"                # tiny, tiny-block, a name below, a directory, owner/name
+    model: str = "tiny"                # tiny, tiny-block, a short name, a directory, owner/name
     data: str = ""                     # a file of examples instead of generated or published ones
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
     skip_bad_examples: bool = False    # leave out those whose own answer is graded wrong
@@ -223,7 +223,10 @@ def with_model(cfg, given: dict):
     need(cfg.model != "tiny" or not cfg.model_block,
          "--model-block: the model tiny attends both ways, tiny-block in blocks")
     about = None
-    if cfg.model not in TINY:
+    if cfg.model in TINY:                                      # they fit any memory
+        cfg = dataclasses.replace(cfg, rollout_batch=cfg.rollout_batch or 256,
+                                  tokens_per_pass=cfg.tokens_per_pass or 12288)
+    else:
         about, tokenizer = open_checkpoint(cfg.model, cfg.model_block)
         set_template_args(tokenizer, cfg.template_args)
         cfg = dataclasses.replace(cfg, template_args=cfg.template_args or template_args(
