@@ -677,6 +677,10 @@ def tables():
     for file in sorted((ROOT / "assets").glob("bench-*.csv")):
         rows = pages.read(file.name)
         print(f"\n{file.name}: {rows[0]['device']}, {rows[0]['versions']}\n")
+        if "operators" in rows[0]:
+            names = ["shape", "source", "operators", "calls", "kernels"]
+            print(pages.markdown(names, [[row[name] for name in names] for row in rows]))
+            continue
         print(pages.scaling() if "exponent" in rows[0] else pages.bench(file.name))
     print("\n" + pages.cache())
 
