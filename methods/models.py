@@ -89,6 +89,7 @@ def compile_layers(net, backend="inductor"):
     """--compile on: one graph for all layers; the whole model's takes many minutes to make."""
     torch._dynamo.config.allow_unspec_int_on_nn_module = True  # a layer's number makes no new graph
     caches.CachedPolicy.update = torch.compiler.disable(caches.CachedPolicy.update)
+    net.compiled = True
     for layer in net.get_decoder().layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
@@ -141,11 +142,12 @@ def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     length, device = prompt_mask.sum(1), next(policy.model.parameters()).device
     mine = torch.tensor_split(torch.arange(len(examples)), world)[rank]
     mine = mine[length[mine].argsort(descending=True, stable=True)]
-    for part in mine.split(cfg.rollout_batch or 64) if len(mine) else ():
-        P = max(1, int(length[part].max()))
-        at = ids[part, -P:].to(device), prompt_mask[part, -P:].to(device)
-        traj = roll(policy, *at, cfg, [keys[i] for i in part])
-        found.append((part, to(traj, "cpu") if world > 1 else traj))
+    with checkpoints.weights_at_rest(policy.model):
+        for part in mine.split(cfg.rollout_batch or 64) if len(mine) else ():
+            P = max(1, int(length[part].max()))
+            at = ids[part, -P:].to(device), prompt_mask[part, -P:].to(device)
+            traj = roll(policy, *at, cfg, [keys[i] for i in part])
+            found.append((part, to(traj, "cpu") if world > 1 else traj))
     index, parts = zip(*agrpo.gather(found))
     traj = to(rows_of(join(parts), torch.cat(index).argsort()), device)    # all rows, everywhere
     n = lengths(traj, policy).tolist()

@@ -1,4 +1,5 @@
 """Published checkpoints in stock classes of transformers, no remote code; adapters."""
+import contextlib
 import functools
 import json
 import os
@@ -210,15 +211,50 @@ def lean(net):
 
 def adapted(self, x):
     """One adapter, unmerged, without dropout; whatever else there is, is peft's own to compute."""
+    if (name := lone_adapter(self)) is None:
+        return type(self).forward(self, x)
+    A, B = (part[name].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
+    y, low = self.base_layer(x), torch.nn.functional.linear(x, A)
+    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.t(),
+                       alpha=self.scaling[name]).view_as(y)
+
+def lone_adapter(self) -> str | None:
+    """The name of the adapter, if it is all that counts."""
     active = [name for name in self.active_adapters if name in self.lora_A]
     plain = len(active) == 1 and active[0] not in self.lora_variant and (      # no DoRA
         self.lora_B[active[0]].bias is None)
-    if self.disable_adapters or self.merged or not plain:
-        return type(self).forward(self, x)
-    A, B = (part[active[0]].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
-    y, low = self.base_layer(x), torch.nn.functional.linear(x, A)
-    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.t(),
-                       alpha=self.scaling[active[0]]).view_as(y)
+    return active[0] if plain and not (self.disable_adapters or self.merged) else None
+
+@contextlib.contextmanager
+def weights_at_rest(net):
+    """Within `with` no weight changes, and there is no autograd: adapters are looked up and cast
+    once, not in every call. Saves 4 of 10 operators of a call (bench.py operators). Compiled layers
+    are left alone: their casts are fused, and another forward would compile them again."""
+    plain = [module for module in net.modules() if not getattr(net, "compiled", False)
+             and getattr(module.forward, "__func__", None) is adapted and lone_adapter(module)]
+    for module in plain:
+        name = lone_adapter(module)
+        weights = functools.cache(functools.partial(transposed, module, name))
+        module.forward = functools.partial(at_rest, module.base_layer.forward, weights,
+                                           module.scaling[name])
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in plain:
+            module.forward = types.MethodType(adapted, module)
+
+def transposed(module, name: str, *dtypes) -> list:
+    """A and B of an adapter."""
+    parts = zip((module.lora_A, module.lora_B), dtypes)
+    return [part[name].weight.to(dtype).t() for part, dtype in parts]
+
+def at_rest(base, weights, scaling: float, x):
+    """As adapted; in two dimensions, where a product is one operator."""
+    rows = x.flatten(0, -2)
+    y = base(rows)
+    A, B = weights(x.dtype, y.dtype)
+    return y.addmm_(torch.mm(rows, A), B, alpha=scaling).view(*x.shape[:-1], y.shape[-1])
 
 def normed(self, x):
     """What the class computes."""

@@ -682,22 +682,68 @@ def test_lean_adapters_and_norms_compute_what_the_libraries_do(tmp_path, monkeyp
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_layers_give_the_same_rollouts_from_a_few_graphs(tmp_path):
-    """--compile on, with and without a cache: one graph for all six layers, not six."""
+@pytest.mark.parametrize("change", ["step", "undone", "loaded", "replaced", "interrupted"])
+def test_a_rollout_sees_the_adapters_of_its_time(tmp_path, change):
+    """Cast once in a rollout, not once in a run: after an optimizer step, one that was undone, a
+    checkpoint, a rollout that was cut off. Some of these do not raise a parameter's version."""
+    write_checkpoint(tmp_path / "m", "sdar")
+    policy, tokenizer = load(tmp_path / "m", dataclasses.replace(CFG, lora_rank=4), train=True)
+    for name, p in policy.named_parameters():                  # as on a GPU
+        p.data = p.data if "lora" in name else p.data.bfloat16()
+    weights, g = [p for p in policy.parameters() if p.requires_grad], torch.Generator()
+    noise = [0.3 * torch.randn(p.shape, generator=g.manual_seed(i)) for i, p in enumerate(weights)]
+    examples = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(4)]
+
+    def rollout():
+        return models.generate(policy, tokenizer, examples, list("abcd"), CFG)[0]
+    before = rollout()
+    if change == "step":
+        optimizer = torch.optim.AdamW(weights, 0.3, fused=True)
+        for p, z in zip(weights, noise):
+            p.grad = z
+        optimizer.step()
+    elif change == "loaded":
+        policy.load_state_dict({name: p + 0.3 for name, p in policy.named_parameters()
+                                if p.requires_grad}, strict=False)
+    elif change == "interrupted":
+        with pytest.raises(KeyboardInterrupt), checkpoints.weights_at_rest(policy.model):
+            rollout()
+            raise KeyboardInterrupt
+    for p, z in zip(weights, noise) if change in ("undone", "replaced", "interrupted") else ():
+        if change == "replaced":
+            p.data = p.data + z
+        else:
+            p.data.copy_(p.data + z)
+    after = rollout()
+    assert not torch.equal(before.logp, after.logp)
+    with pytest.MonkeyPatch.context() as patch:                # cast in every call
+        patch.setattr(checkpoints, "weights_at_rest", lambda net: torch.no_grad())
+        plain = rollout()
+    for name in ("tokens", "reveal_step", "logp", "order_logp", "gradient"):
+        assert torch.equal(getattr(after, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_compiled_layers_give_the_same_rollouts_from_a_few_graphs(tmp_path, rank):
+    """--compile on, with and without a cache or adapters: one graph for all six layers, not six,
+    and none anew for the next rollout."""
     import torch._dynamo as dynamo
     write_checkpoint(tmp_path / "m", "sdar", layers=6)
     prompt = torch.arange(36).view(3, 12) + 30
     for cache in ("none", "block"):
-        cfg = dataclasses.replace(CFG, cache=cache)
+        cfg = dataclasses.replace(CFG, cache=cache, lora_rank=rank)
         roll = caches.cached_rollout if cache == "block" else agrpo.rollout
         found = []
         for compiled in (False, True):
             dynamo.reset()
             dynamo.utils.counters.clear()
-            policy, _ = load(tmp_path / "m", cfg)
+            policy, _ = load(tmp_path / "m", cfg, train=bool(rank))
             if compiled:
                 models.compile_layers(policy.model, backend="eager")
-            found.append(roll(policy, prompt, torch.ones_like(prompt), cfg, list("abc")))
+            for _ in range(3):
+                with checkpoints.weights_at_rest(policy.model):
+                    traj = roll(policy, prompt, torch.ones_like(prompt), cfg, list("abc"))
+            found.append(traj)
         assert torch.equal(found[0].tokens, found[1].tokens)
         assert torch.allclose(found[0].logp, found[1].logp, atol=1e-5)
         assert 1 <= dynamo.utils.counters["stats"]["unique_graphs"] <= 5

@@ -8,6 +8,8 @@
                                                   vocabulary (CPU, 6 minutes)
     python tests/measure/bench.py check           a shape of seconds, to see that it works; its
                                                   numbers say nothing and are not kept
+    python tests/measure/bench.py operators       what Python starts in a denoiser call, by source
+                                                  (CPU, a minute)
     python tests/measure/bench.py runs runs/*     what finished runs with and without --cache
                                                   learned, and in which time: assets/cache.csv
     python tests/measure/bench.py tables          the README's tables from assets/bench-*.csv and
@@ -18,9 +20,16 @@ LLaDA: logits of every position, float64 Gumbel noise on all of them, no row lea
 passes with a log-softmax over everything; timed on its first steps only, each costs the same.
 Floor: floating point operations over this machine's matmul rate, or bytes of the weights over its
 bandwidth, whichever takes longer. Writes assets/bench-SHAPE.csv.
+
+Small models wait on a GPU for the CPU. `operators` counts per pass of the decoder: operators, all
+that torch dispatches; calls, those that Python makes; kernels, those that are neither a view nor an
+allocation nor made of others. Narrow, bfloat16 with float32 adapters, 28 and 32 layers as the
+models have; the counts do not depend on width. What only a CPU does is left out: the parts of a
+fused norm, and resolve_conj.
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import dataclasses
@@ -510,6 +519,125 @@ def scaling(device):
     return rows
 
 
+FREE = set(
+    "alias as_strided as_strided_ chunk contiguous detach empty empty_like empty_strided expand "
+    "expand_as flatten lift_fresh narrow permute reshape _reshape_alias resize_ resolve_conj "
+    "result_type select slice split squeeze squeeze_ t to transpose unbind _unsafe_view unsqueeze "
+    "unsqueeze_ view view_as".split()
+)
+LAYERS = {  # of a rollout: shape of gpu.py, block of its attention, keys' heads of 4, --cache
+    "0.6B, block cache": ("Qwen3-0.6B", 4, 2, "block"),
+    "0.6B": ("Qwen3-0.6B", 4, 2, "none"),
+    "8B": ("LLaDA-8B", 0, 4, "none"),
+    "8B, dual cache": ("LLaDA-8B", 0, 4, "dual"),
+}
+
+
+@contextlib.contextmanager
+def named(net):
+    """Operators within `with` stand below the name of what called them, in a profile."""
+    from unittest import mock
+
+    import torch
+
+    from methods.caches import CachedPolicy
+
+    def under(name, function):
+        def call(*args, **kwargs):
+            with torch.profiler.record_function(f"from {name}"):
+                return function(*args, **kwargs)
+
+        return call
+
+    attention = type(net.get_decoder().layers[0].self_attn)
+    stock = sys.modules[attention.__module__]
+    kinds = {"RMSNorm": "norms", "Attention": "attention", "DecoderLayer": "layers"}
+    with contextlib.ExitStack() as stack:
+
+        def replace(where, what, name):
+            new = under(name, getattr(where, what))
+            stack.enter_context(mock.patch.object(where, what, new))
+
+        replace(CachedPolicy, "update", "cache")
+        replace(stock, "apply_rotary_pos_emb", "rotary")
+        replace(torch.nn.functional, "scaled_dot_product_attention", "sdpa")
+        replace(net.get_decoder(), "forward", "decoder")
+        for module in net.modules():
+            own = [name for end, name in kinds.items() if type(module).__name__.endswith(end)]
+            if hasattr(module, "lora_A"):
+                own = ["linear layers, adapters"]
+            if own:
+                replace(module, "forward", own[0])
+        yield
+
+
+def count(events) -> dict:
+    """Source -> operators, calls, kernels."""
+    found = {}
+
+    def above(event):
+        while event := event.cpu_parent:
+            yield event.name
+
+    def kernels(event):
+        name = event.name.removeprefix("aten::")
+        inner = [] if name == "_fused_rms_norm" else event.cpu_children
+        return sum(map(kernels, inner)) or name not in FREE
+
+    for event in events:
+        parents = list(above(event))
+        if (
+            not event.name.startswith("aten::")
+            or event.name == "aten::resolve_conj"
+            or "aten::_fused_rms_norm" in parents
+        ):
+            continue
+        source = next((name[5:] for name in parents if name.startswith("from ")), "rollout, head")
+        row = found.setdefault(source, {"operators": 0, "calls": 0, "kernels": 0})
+        row["operators"] += 1
+        if not any(name.startswith("aten::") for name in parents):
+            row["calls"] += 1
+            row["kernels"] += kernels(event)
+    return found
+
+
+def operators():
+    """What Python starts in one pass of the decoder, by source."""
+    import gpu
+    import torch
+
+    import agrpo
+    from methods import caches
+    from support import checkpoints
+
+    rows = []
+    for name, (shape, block, heads, cache) in LAYERS.items():
+        about = gpu.stock_config(shape, True)
+        layers = {"num_hidden_layers": gpu.SHAPES[shape][3], "num_key_value_heads": heads}
+        config = type(about)(**{**about.to_dict(), **layers, "layer_types": None})
+        cfg = gpu.settings_of(block, {"cache": cache}, True)
+        cfg = dataclasses.replace(cfg, steps=2 * cfg.completion_length // cfg.block_length)
+        policy = gpu.large_policy(config, block, cfg, "cpu")
+        if not config.tie_word_embeddings:
+            policy.model.get_output_embeddings().float()
+        sample = gpu.rolled(agrpo.rollout if cache == "none" else caches.cached_rollout)
+        batch = [{}, {}], ["a", "b"], cfg
+        with checkpoints.weights_at_rest(policy.model), named(policy.model):
+            sample(policy, *batch)  # what is made once in a rollout
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+                sample(policy, *batch)
+        passes = sum(event.name == "from decoder" for event in p.events())
+        found = count(p.events())
+        for source in sorted(found, key=lambda source: -found[source]["operators"]):
+            row = {k: round(n / passes, 1) for k, n in found[source].items()}
+            rows.append({"shape": name, "source": source, **row})
+        whole = {k: sum(r[k] for r in found.values()) / passes for k in row}
+        rows.append({"shape": name, "source": "all", **{k: round(n) for k, n in whole.items()}})
+        for row in rows[-len(found) - 1 :]:
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows
+
+
 def collect(folders):
     """A row per finished run."""
     import json
@@ -549,6 +677,10 @@ def tables():
     for file in sorted((ROOT / "assets").glob("bench-*.csv")):
         rows = pages.read(file.name)
         print(f"\n{file.name}: {rows[0]['device']}, {rows[0]['versions']}\n")
+        if "operators" in rows[0]:
+            names = ["shape", "source", "operators", "calls", "kernels"]
+            print(pages.markdown(names, [[row[name] for name in names] for row in rows]))
+            continue
         print(pages.scaling() if "exponent" in rows[0] else pages.bench(file.name))
     print("\n" + pages.cache())
 
@@ -568,7 +700,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, "operators"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="", help="folder of the CSV; default assets")
@@ -581,6 +713,8 @@ def main():
     rows = (
         scaling(device)
         if args.shape == "scaling"
+        else operators()
+        if args.shape == "operators"
         else ladder(args.shape, device, args.threads, 2, 1)
     )
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} threads"

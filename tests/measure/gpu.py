@@ -323,7 +323,8 @@ def rolled(roll):
         g, device = torch.Generator().manual_seed(0), next(policy.parameters()).device
         V, N = policy.model.config.vocab_size, len(batch)
         prompt = torch.randint(7, V, (N, PROMPT), generator=g).to(device)
-        traj = roll(policy, prompt, torch.ones_like(prompt), cfg, keys)
+        with checkpoints.weights_at_rest(policy.model):
+            traj = roll(policy, prompt, torch.ones_like(prompt), cfg, keys)
         reward = torch.rand(N, generator=g, dtype=torch.float64)
         return traj, {"random": reward}, reward > 0.5
     return sample
