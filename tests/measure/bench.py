@@ -525,11 +525,11 @@ FREE = set(
     "result_type select slice split squeeze squeeze_ t to transpose unbind _unsafe_view unsqueeze "
     "unsqueeze_ view view_as".split()
 )
-LAYERS = {  # of a rollout: shape of gpu.py, block of its attention, keys' heads of 4, --cache
-    "0.6B, block cache": ("Qwen3-0.6B", 4, 2, "block"),
-    "0.6B": ("Qwen3-0.6B", 4, 2, "none"),
-    "8B": ("LLaDA-8B", 0, 4, "none"),
-    "8B, dual cache": ("LLaDA-8B", 0, 4, "dual"),
+LAYERS = {  # of a rollout: model of shapes.py, keys' heads of 4, --cache
+    "0.6B, block cache": ("qwen3-0.6b-bd3lm", 2, "block"),
+    "0.6B": ("qwen3-0.6b-bd3lm", 2, "none"),
+    "8B": ("llada-8b", 4, "none"),
+    "8B, dual cache": ("llada-8b", 4, "dual"),
 }
 
 
@@ -611,13 +611,13 @@ def operators():
     from support import checkpoints
 
     rows = []
-    for name, (shape, block, heads, cache) in LAYERS.items():
-        about = gpu.stock_config(shape, True)
-        layers = {"num_hidden_layers": gpu.SHAPES[shape][3], "num_key_value_heads": heads}
+    for name, (model, heads, cache) in LAYERS.items():
+        about = gpu.stock_config(model, True)
+        layers = {"num_hidden_layers": gpu.SHAPES[model][0][3], "num_key_value_heads": heads}
         config = type(about)(**{**about.to_dict(), **layers, "layer_types": None})
-        cfg = gpu.settings_of(block, {"cache": cache}, True)
+        cfg = gpu.settings_of(model, {"cache": cache}, config, "cpu", True)
         cfg = dataclasses.replace(cfg, steps=2 * cfg.completion_length // cfg.block_length)
-        policy = gpu.large_policy(config, block, cfg, "cpu")
+        policy = gpu.large_policy(config, gpu.block_of(model, True), cfg, "cpu")
         if not config.tie_word_embeddings:
             policy.model.get_output_embeddings().float()
         sample = gpu.rolled(agrpo.rollout if cache == "none" else caches.cached_rollout)
