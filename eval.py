@@ -286,14 +286,14 @@ def parse(argv: list[str]) -> tuple:
     if actions["resume"] and saved.is_file():                  # its settings, then the flags given
         kept = runs.read_settings(saved, Settings)
         cfg = dataclasses.replace(kept, **{**given, "name": cfg.name})
-        options.need_gpu(cfg)
+        options.need_gpu(cfg := options.hours_or_steps(cfg, given))
     elif actions["merge"] is None:
         cfg = options.with_model(cfg, given)
     return check(cfg, given), actions
 
 def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) -> tuple:
     """The checks that need the checkpoint's small files; then what the run will cost, printed.
-    Returns the rows to train on, and the settings with gradient_checkpointing decided."""
+    Returns the rows to train on, and the settings with those decided that memory decides."""
     tokenizer = tiny.tiny_tokenizer()
     context, mask_id = 256, tokenizer.mask_token_id
     if cfg.model not in options.TINY:
@@ -328,8 +328,8 @@ def run_training(cfg, loop, actions: dict) -> int:
 def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) -> int:
     """In the run's folder: evaluation, the loop, evaluation, table. Returns the exit code."""
     steps, half = options.numbers(cfg.eval_steps, "--eval-steps"), (len(heldout) + 1) // 2
-    run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg, ends := []), ends,
-                   method_of(cfg, tokenizer),
+    run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg, unfinished := []),
+                   unfinished, method_of(cfg, tokenizer),
                    lambda: evaluate_at(policy, tokenizer, cfg, heldout[:half], steps[0]))
     run.seconds["base_model"] = time.perf_counter() - clock
     say(runs.opening(cfg, policy, len(examples), len(heldout), folder))

@@ -40,11 +40,7 @@ def settle(given: dict, may_be_zero=frozenset()) -> Settings:
         given = {**given, "model": options.hub_name(given["model"])}
     published = agrpo.METHODS[given.get("method", "agrpo")].settings
     settings = options.before_flags(given, published)
-    if "max_steps" in given:
-        settings |= {"hours": 0.0}
-    elif given.get("hours") and not settings.get("decay_steps"):
-        settings |= {"max_steps": options.NO_END}
-    cfg, found = Settings(**settings | given), None
+    cfg, found = options.hours_or_steps(Settings(**settings | given), given), None
     rewards = torch.eye(2, 3)                                  # two groups of three
     with contextlib.suppress(RuntimeError):                    # shapes that do not go together
         found = agrpo.ADVANTAGES[cfg.advantage](rewards)
@@ -142,7 +138,7 @@ def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     length, device = prompt_mask.sum(1), next(policy.model.parameters()).device
     mine = torch.tensor_split(torch.arange(len(examples)), world)[rank]
     mine = mine[length[mine].argsort(descending=True, stable=True)]
-    with checkpoints.weights_at_rest(policy.model):
+    with checkpoints.adapters_cast_once(policy.model):
         for part in mine.split(cfg.rollout_batch or 64) if len(mine) else ():
             P = max(1, int(length[part].max()))
             at = ids[part, -P:].to(device), prompt_mask[part, -P:].to(device)

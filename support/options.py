@@ -20,7 +20,7 @@ from support.checkpoints import (adapter_shape, base_of, check_model_exists, in_
 from support.cost import SMALL, parameter_count
 from support.data import check_files
 from support.files import need, read_json
-from support.presets import (APPROXIMATE, ESTIMATORS, GREEDY, LARGE, LLADA, SFT,
+from support.presets import (APPROXIMATE, GREEDY, LARGE, LLADA, PRESETS, SFT,
                              TASK_SHAPES, TINY, WITH_CACHE, default_model, hub_name, sizes)
 from support.templates import (read_template_args, set_template_args, template_args,
                                write_template_args)
@@ -34,8 +34,8 @@ class Run:
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
     skip_bad_examples: bool = False    # leave out those whose own answer is graded wrong
     max_steps: int = 100               # optimizer steps = rollouts
-    hours: float = 0.0                 # end in time, with as many steps as these allow; 0: all
-    preset: str = ""                   # paper: sizes and estimator as published; justgrpo
+    hours: float = 0.0                 # stop after so many, evaluations included; 0: --max-steps
+    preset: str = ""                   # paper: AGRPO as published; justgrpo: JustGRPO
     sft: str = ""                      # fine-tuning instead of RL: gold, or a file of answers
     device: str = "auto"               # auto: cuda if there is one
     name: str = ""                     # of the folder runs/NAME; default: TASK-METHOD-seedSEED
@@ -175,16 +175,25 @@ def before_flags(given: dict, published: dict) -> dict:
         settings = TASK_SHAPES.get(task, {}) | published | {"shrink": 2}   # 8: half a step of 8
         if model not in TINY and (in_run(Path(model)) / "adapter_config.json").is_file():
             settings |= {"lora_rank": 64}
-        settings |= ESTIMATORS[preset]
+        settings |= PRESETS[preset][0]
     else:
-        settings = ESTIMATORS[preset] | sizes(model, preset, device) | published
+        settings = PRESETS[preset][0] | sizes(model, preset, device) | published
     if "completion_length" in given:                           # of one's own: also evaluated
-        settings |= shorter(settings, given["completion_length"])
+        settings |= resized(settings, given["completion_length"])
     if given.get("sft"):
         settings |= SFT[bool(kind)]
     return settings | {"task": task, "model": model}
 
-def shorter(settings: dict, C: int) -> dict:
+def hours_or_steps(cfg, given: dict):
+    """--max-steps alone: so many, however long; --hours alone: so long, however many, unless the
+    learning rate decays to the last of them."""
+    if "max_steps" in given and "hours" not in given:
+        return dataclasses.replace(cfg, hours=0.0)
+    if given.get("hours") and "max_steps" not in given and not cfg.decay_steps:
+        return dataclasses.replace(cfg, max_steps=NO_END)
+    return cfg
+
+def resized(settings: dict, C: int) -> dict:
     """What a completion length of one's own changes: the evaluation's, and the steps where sizes
     give them, as many tokens a step."""
     steps = {}

@@ -1,4 +1,4 @@
-"""Models by short names, and sizes: of the tiny tasks, of one night on one GPU, of the papers."""
+"""Short names of models; sizes for the tiny tasks, for one night on one GPU, and as published."""
 import os
 
 import torch
@@ -6,9 +6,9 @@ import torch
 from support import cost
 
 TINY = ("tiny", "tiny-block")          # models made here
-MODELS = {                             # --model: name on the hub, and how its card samples
-    "llada-8b": ("GSAI-ML/LLaDA-8B-Instruct", {}),             # as NIGHT: blocks of 32
-    "llada-1.5": ("GSAI-ML/LLaDA-1.5", {}),
+MODELS = {                             # --model: name on the hub, and what its card says of blocks
+    "llada-8b": ("GSAI-ML/LLaDA-8B-Instruct", {}),             # and steps; LLaDA as CHECKPOINT:
+    "llada-1.5": ("GSAI-ML/LLaDA-1.5", {}),                    # 128 steps, as the papers evaluate
     "dream-7b": ("Dream-org/Dream-v0-Instruct-7B",             # in one block, a token a step
                  {"eval_block_length": 256, "eval_steps": "256"}),
     **{f"sdar-{size}": (f"JetLM/SDAR-{size.upper()}-Chat", {"model_block": 4})
@@ -21,10 +21,10 @@ LLADA, SMALLEST = (MODELS[name][0] for name in ("llada-8b", "qwen3-0.6b-bd3lm"))
 TASK_SHAPES = {                        # what a task needs otherwise; flags win over all of these
     "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3",
                   "max_steps": 150, "lr": 1e-3, "base_batch": 48}}
-CHECKPOINT = {                         # of all but tiny models; AGRPO's (arXiv 2510.04019)
+CHECKPOINT = {                         # of all but tiny models: AGRPO's (arXiv 2510.04019) ...
     "completions": 8, "temperature": 0.6, "top_k": 150, "top_p": 0.99, "lora_rank": 64,
-    "rollout_batch": 0, "tokens_per_pass": 0, "eval_length": 256, "eval_block_length": 32,
-    "eval_steps": "128", "eval_examples": 256, "eval_every": 100}
+    "eval_length": 256, "eval_block_length": 32, "eval_steps": "128",
+    "rollout_batch": 0, "tokens_per_pass": 0, "eval_examples": 256, "eval_every": 100}   # and ours
 NIGHT = {                              # what a person waits for: assets/README.md, "One night"
     "max_steps": 300, "prompts": 8, "completion_length": 256, "block_length": 32, "steps": 64,
     "mc_steps": 4, "lr": 3e-5, "warmup": 10}
@@ -35,22 +35,21 @@ JUST = {                               # JustGRPO (arXiv 2601.15165); it trains 
     "max_steps": 125, "prompts": 64, "completions": 16, "completion_length": 256,
     "block_length": 32, "steps": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "lr": 5e-6,
     "warmup": 0, "weight_decay": 0.0, "eval_steps": "256", "eval_every": 25}
-ESTIMATORS = {                         # --preset: what it changes for every model
-    "": {},
-    "paper": {"unmasking": "random", "timesteps": "low_discrepancy", "mc_steps": 2,  # 24 of 128
-              "normalizer": "last_step", "advantage": "mean"},
-    "justgrpo": {"method": "exact", "unmasking": "left_to_right", "advantage": "std"}}
-ESTIMATORS["official"] = ESTIMATORS["paper"]
-SIZES = {"": NIGHT, "paper": PAPER, "official": PAPER, "justgrpo": JUST}
+PRESETS = {                            # --preset: what it changes for every model, then its sizes
+    "": ({}, NIGHT),                   # of K: 2 of the tiny model's 8 steps, sizes give 24 of 128
+    "paper": ({"unmasking": "random", "timesteps": "low_discrepancy", "mc_steps": 2,
+               "normalizer": "last_step", "advantage": "mean"}, PAPER),
+    "justgrpo": ({"method": "exact", "unmasking": "left_to_right", "advantage": "std"}, JUST)}
+PRESETS["official"] = PRESETS["paper"]
 SFT = {                                # --sft: tiny models, others
     True: {"lr": 1e-3, "max_steps": 400, "prompts": 32, "warmup": 40, "decay_steps": 400},
     False: {"lr": 1e-5, "max_steps": 1000, "prompts": 16, "warmup": 20, "decay_steps": 1000,
             "hours": 0.0}}
 GREEDY = {"unmasking": "low_confidence", "position_term": "off", "temperature": 0.0, "top_k": 0,
           "top_p": 1.0}                # how models are evaluated, as in the paper
-APPROXIMATE = ("prefix", "dual")       # of the caches
-WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # these
-LARGE = 3e9                            # parameters above which one night may need one of them
+APPROXIMATE = ("prefix", "dual")       # caches whose rollouts are approximate
+WITH_CACHE = {"timesteps": "independent_gradient", "position_term": "off"}     # what they need
+LARGE = 3e9                            # parameters above which one night may use such a cache
 
 def hub_name(model: str) -> str:
     """--model with a short name replaced; a directory of that name comes first."""
@@ -61,12 +60,12 @@ def default_model(device: str) -> str:
     return SMALLEST if device != "cpu" and cost.room(device) < 22 else LLADA
 
 def sizes(model: str, preset: str, device: str) -> dict:
-    """Of a run on a checkpoint. One night ends after 12 hours, on a GPU below 32 GB after 16, and
-    keeps keys and values in its rollouts where these would take too many of them: on GPUs below
-    60 GB or older than the H100."""
+    """Of a run on a checkpoint. One night ends after 12 hours, on a GPU below 32 GB after 16. It
+    uses the dual cache where rollouts without it would take most of the night: on GPUs below 60 GB
+    or of a generation (compute capability) before the H100's."""
     card = dict(MODELS.values()).get(model, {})
     if preset:
-        return CHECKPOINT | card | SIZES[preset]
+        return CHECKPOINT | card | PRESETS[preset][1]
     night = CHECKPOINT | NIGHT | card | {"hours": 12.0}
     if device != "cpu":
         memory, (generation, _) = cost.room(device), torch.cuda.get_device_capability(device)

@@ -11,12 +11,12 @@ from rewards import FORMATS, TASKS, BadInput, read_weights
 from support.data import check_files
 from support.files import need
 from support.options import CONTROLLED, device_for, flag, for_evaluation, numbers
-from support.presets import APPROXIMATE, SIZES, TINY
+from support.presets import APPROXIMATE, PRESETS, TINY
 
 NOT_RANDOM = ("low_confidence", "confidence", "threshold", "entropy_bound", "left_to_right")
 WITHOUT_DRAWS = ("exact", "diffu-grpo", "diffpo", "tracerl", "dipo")   # of the methods here
 CHOICES = {
-    "task": TASKS, "preset": SIZES, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
+    "task": TASKS, "preset": PRESETS, "prompt": ("", "bare", *FORMATS), "quantize": ("", "4bit"),
     "device": ("auto", "cpu", "cuda"), "position_term": ("on", "off"),
     "order_score": ("max_prob", "neg_entropy"), "compile": ("off", "on"),
     "value_model": ("off", "on"), "gradient_checkpointing": ("auto", "on", "off"),
@@ -56,8 +56,8 @@ GOES_WITH = (                          # settings, and what they act with only
      "--model tiny or tiny-block"),
     ("train_examples", "generated examples, not with --data",
      lambda c: c.model in TINY or TASKS[c.task].generate and not c.data),
-    ("preset", "--method agrpo",
-     lambda c: c.method == {"": c.method, "justgrpo": "exact"}.get(c.preset, "agrpo")),
+    ("preset", "its own --method: leave that out",
+     lambda c: not c.preset or c.method == PRESETS[c.preset][0].get("method", "agrpo")),
     ("clip clip_high", "--inner-epochs 2 or more: at the first every ratio is 1",
      lambda c: c.inner_epochs > 1),
     ("kl_reference", "--kl"),

@@ -196,7 +196,7 @@ class Run:
     policy: torch.nn.Module
     examples: list
     sample: Callable                   # as agrpo.sample_step takes it
-    unfinished: list                   # it notes of each step the share that never ends
+    unfinished: list                   # of each rollout the share without an end, by sample
     method: tuple                      # the row of METHODS
     evaluate: Callable                 # () -> a result with solved and seconds
     seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(
@@ -226,13 +226,16 @@ class Run:
         self.stopped = self.stopped and step < self.last
 
     def within_hours(self, done: int) -> int:
-        """The last step: as many as --hours allow at the pace so far, evaluations included."""
-        if not self.cfg.hours:
-            return self.cfg.max_steps
-        spent = sum(self.seconds[part] for part in ("rollout", "update", "eval"))
+        """The last step: as many as --hours allow at the pace of those done, the evaluations to
+        come included. The time before the first evaluation does not count."""
+        cfg, spent = self.cfg, sum(self.seconds[part] for part in ("rollout", "update", "eval"))
+        if not cfg.hours or not done:
+            return cfg.max_steps
         base = read_results(self.folder / "eval_base.json")
-        left = 3600 * self.cfg.hours - 2 * sum(r["seconds"] for r in base) - spent
-        return min(self.cfg.max_steps, done + max(0, int(left * done / spent)))
+        point = base[0]["seconds"] / 2 / cfg.eval_every if cfg.eval_every else 0.0
+        left = 3600 * cfg.hours - 2 * sum(r["seconds"] for r in base) - spent
+        each = (self.seconds["rollout"] + self.seconds["update"]) / done + point
+        return min(cfg.max_steps, done + max(0, int(left / each)))
 
     def keep(self, row: dict):
         """The row goes to the log, then the weights: a run killed in between repeats the step."""

@@ -706,7 +706,7 @@ def test_a_rollout_sees_the_adapters_of_its_time(tmp_path, change):
         policy.load_state_dict({name: p + 0.3 for name, p in policy.named_parameters()
                                 if p.requires_grad}, strict=False)
     elif change == "interrupted":
-        with pytest.raises(KeyboardInterrupt), checkpoints.weights_at_rest(policy.model):
+        with pytest.raises(KeyboardInterrupt), checkpoints.adapters_cast_once(policy.model):
             rollout()
             raise KeyboardInterrupt
     for p, z in zip(weights, noise) if change in ("undone", "replaced", "interrupted") else ():
@@ -717,7 +717,7 @@ def test_a_rollout_sees_the_adapters_of_its_time(tmp_path, change):
     after = rollout()
     assert not torch.equal(before.logp, after.logp)
     with pytest.MonkeyPatch.context() as patch:                # cast in every call
-        patch.setattr(checkpoints, "weights_at_rest", lambda net: torch.no_grad())
+        patch.setattr(checkpoints, "adapters_cast_once", lambda net: torch.no_grad())
         plain = rollout()
     for name in ("tokens", "reveal_step", "logp", "order_logp", "gradient"):
         assert torch.equal(getattr(after, name), getattr(plain, name))
@@ -741,7 +741,7 @@ def test_compiled_layers_give_the_same_rollouts_from_a_few_graphs(tmp_path, rank
             if compiled:
                 models.compile_layers(policy.model, backend="eager")
             for _ in range(3):
-                with checkpoints.weights_at_rest(policy.model):
+                with checkpoints.adapters_cast_once(policy.model):
                     traj = roll(policy, prompt, torch.ones_like(prompt), cfg, list("abc"))
             found.append(traj)
         assert torch.equal(found[0].tokens, found[1].tokens)

@@ -525,8 +525,10 @@ FREE = set(
     "result_type select slice split squeeze squeeze_ t to transpose unbind _unsafe_view unsqueeze "
     "unsqueeze_ view view_as".split()
 )
+CASTS = ", adapters cast in every call"
 LAYERS = {  # of a rollout: model of shapes.py, keys' heads of 4, --cache
     "0.6B, block cache": ("qwen3-0.6b-bd3lm", 2, "block"),
+    "0.6B, block cache" + CASTS: ("qwen3-0.6b-bd3lm", 2, "block"),
     "0.6B": ("qwen3-0.6b-bd3lm", 2, "none"),
     "8B": ("llada-8b", 4, "none"),
     "8B, dual cache": ("llada-8b", 4, "dual"),
@@ -603,6 +605,8 @@ def count(events) -> dict:
 
 def operators():
     """What Python starts in one pass of the decoder, by source."""
+    from unittest import mock
+
     import gpu
     import torch
 
@@ -622,7 +626,13 @@ def operators():
             policy.model.get_output_embeddings().float()
         sample = gpu.rolled(agrpo.rollout if cache == "none" else caches.cached_rollout)
         batch = [{}, {}], ["a", "b"], cfg
-        with checkpoints.weights_at_rest(policy.model), named(policy.model):
+        with contextlib.ExitStack() as stack:
+            if name.endswith(CASTS):
+                stack.enter_context(
+                    mock.patch.object(checkpoints, "adapters_cast_once", contextlib.nullcontext)
+                )
+            stack.enter_context(checkpoints.adapters_cast_once(policy.model))
+            stack.enter_context(named(policy.model))
             sample(policy, *batch)  # what is made once in a rollout
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
                 sample(policy, *batch)

@@ -323,7 +323,7 @@ def rolled(roll):
         g, device = torch.Generator().manual_seed(0), next(policy.parameters()).device
         V, N = policy.model.config.vocab_size, len(batch)
         prompt = torch.randint(7, V, (N, PROMPT), generator=g).to(device)
-        with checkpoints.weights_at_rest(policy.model):
+        with checkpoints.adapters_cast_once(policy.model):
             traj = roll(policy, prompt, torch.ones_like(prompt), cfg, keys)
         reward = torch.rand(N, generator=g, dtype=torch.float64)
         return traj, {"random": reward}, reward > 0.5
@@ -356,7 +356,8 @@ def one_step(report, name, policy, config, cfg, device):
             report.figure(f"{name}: {cfg.max_steps} such steps, {kind}", hours, "h")
     peak = (bench.memory(device) - (0 if device == "cuda" else before)) / 1e3
     report.figure(f"{name}: peak memory", peak, "GB")
-    report.figure(f"{name}: peak memory, forecast", forecast["total"], "GB")
+    parts = forecast["weights"], forecast["trained"], max(forecast["rollout"], forecast["update"])
+    report.figure(f"{name}: peak memory, forecast", sum(parts), "GB")
 
 def free(device):
     gc.collect()

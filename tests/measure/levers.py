@@ -1,6 +1,6 @@
 """What each lever of the cost buys: solved share per second against the published proportions.
 
-    python tests/measure/levers.py TASK ...        runs every arm of those tasks, three seeds
+    python tests/measure/levers.py [TASK ...]      runs every arm of those tasks, three seeds
 
 Each run has the same processor time of rollout and update on one thread (other work on the machine
 does not count), from the same base model of its seed; all but what an arm names is the laptop's
@@ -28,9 +28,9 @@ PLACE = Path(__file__).resolve().parents[2] / "assets" / "levers.csv"
 BUDGET = {"sudoku": 30, "countdown": 20}  # seconds
 POINTS = 3  # of each curve
 OURS = "--prompts 16 --completions 8"  # the published batch
-FULL = {"sudoku": 16, "countdown": 12}  # tokens of a completion; FULL: a step each
+FULL = {"sudoku": 16, "countdown": 12}  # tokens of a completion: FULL of the flags below
 ARMS = {  # lever: {setting: flags}; K = 1, low confidence and half of the steps where not named
-    "published proportions": {"": f"{OURS} --preset official"},
+    "published estimator": {"": f"{OURS} --preset official"},
     "ours": {"": OURS},
     "K": {
         "2": f"{OURS} --mc-steps 2",
@@ -124,4 +124,4 @@ def main(tasks: list):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:] or list(BUDGET))

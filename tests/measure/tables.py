@@ -431,17 +431,18 @@ def nights() -> str:
         (r,) = found.get((model, gpu, preset), [None])
         if r is None or not r["fits"]:
             return "does not fit"
-        steps = f", {r['steps']:.0f} steps" if r["steps"] < 300 else ""
+        hours = f"{r['hours']:.3g} h" if r["hours"] < 48 else f"{r['hours'] / 24:.0f} days"
+        steps = f", {r['steps']:.0f} steps" if preset == "one night" and r["steps"] < 300 else ""
         cache = ", `dual`" if r["cache"] == "dual" else ""
-        return f"{r['hours']:.3g} h, {r['gigabytes']:.0f} GB{steps}{cache}"
+        return f"{hours}, {r['gigabytes']:.0f} GB{steps}{cache}"
 
     return markdown(
-        ["`--model`", *gpus, f"`--preset paper`, {gpus[-1]}"],
+        ["`--model`", *gpus, *(f"`--preset {name}`, {gpus[-1]}" for name in ("paper", "justgrpo"))],
         [
             [
                 f"`{model}`",
                 *(cell(model, gpu, "one night") for gpu in gpus),
-                cell(model, gpus[-1], "paper"),
+                *(cell(model, gpus[-1], preset) for preset in ("paper", "justgrpo")),
             ]
             for model in dict.fromkeys(model for model, _, _ in found)
         ],
@@ -463,16 +464,17 @@ def levers() -> str:
     runs, lines = lever_runs(), []
     for (task, lever, setting), own in runs.items():
         paper, ours = (
-            runs[task, name, ""] for name in ("published proportions", "ours")
+            runs[task, name, ""] for name in ("published estimator", "ours")
         )
         budget = max(rows[-1]["seconds"] for rows in paper.values())
 
         def share(of, seed):
             return 100 * at([(r["seconds"], r["held_out"]) for r in of[seed]], budget)
 
-        def gain(of):
-            return statistics.mean(share(of, s) - 100 * of[s][0]["held_out"] for s in own)
+        def gain(of, s):
+            return share(of, s) - 100 * of[s][0]["held_out"]
 
+        ratios = [gain(own, s) / gain(paper, s) for s in own]
         last = [rows[-1] for rows in own.values()]
         lines.append(
             [
@@ -483,7 +485,7 @@ def levers() -> str:
                 f"{100 * statistics.mean(r['rollout'] for r in last):.0f}",
                 spread([share(own, s) for s in own]),
                 ", ".join(f"{share(own, s) - share(ours, s):+.1f}" for s in own),
-                f"{gain(own) / gain(paper):.2f}",
+                f"{statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
             ]
         )
     return markdown(
@@ -494,8 +496,8 @@ def levers() -> str:
             "steps",
             "time in rollouts, %",
             "held out, %",
-            "less ours, by seed",
-            "gain a second, times the published",
+            "minus `ours`, by seed",
+            "gain a second, times the published (lowest to highest seed)",
         ],
         lines,
     )
