@@ -386,7 +386,7 @@ def training(argv, loop) -> int:
             print("agrpo:", *str(error).splitlines(), file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except (torch.OutOfMemoryError, OSError) as error:
-        why = error if isinstance(error, OSError) else cost.out_of_memory(error, cfg)
+        why = error if isinstance(error, OSError) else cost.out_of_memory(error, runs.kept(cfg))
         print(f"agrpo: {why}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

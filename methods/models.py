@@ -59,10 +59,14 @@ def policy_of(net, mask_id: int, eos_id: int, shift: bool, block: int):
     return dipo.BlockPolicy(*known, block) if block else agrpo.Policy(*known)
 
 def check(cfg, given: dict) -> Settings:
-    """cfg. Raises BadInput with one line for any setting that cannot work."""
+    """cfg, with sizes of 0 settled for tiny models, which fit any memory. Raises BadInput with one
+    line for any setting that cannot work."""
     rules.check_values(cfg, {**rules.CHOICES, **choices()}, rules.MAY_BE_ZERO)
     order_term = agrpo.UNMASK[cfg.unmasking].order_logp is not None
     rules.validate(cfg, choices(), order_term, agrpo.METHODS[cfg.method].settings, given)
+    if cfg.model in options.TINY:
+        cfg = dataclasses.replace(cfg, rollout_batch=cfg.rollout_batch or 256,
+                                  tokens_per_pass=cfg.tokens_per_pass or 12288)
     return cfg
 
 def checked(given: dict) -> Settings:

@@ -178,8 +178,7 @@ def before_flags(given: dict, published: dict) -> dict:
         settings |= PRESETS[preset][0]
     else:
         settings = PRESETS[preset][0] | sizes(model, preset, device) | published
-    if "completion_length" in given:                           # of one's own: also evaluated
-        settings |= resized(settings, given["completion_length"])
+    settings |= resized(settings, given)
     if given.get("sft"):
         settings |= SFT[bool(kind)]
     return settings | {"task": task, "model": model}
@@ -191,17 +190,28 @@ def hours_or_steps(cfg, given: dict):
         return dataclasses.replace(cfg, hours=0.0)
     if given.get("hours") and "max_steps" not in given and not cfg.decay_steps:
         return dataclasses.replace(cfg, max_steps=NO_END)
+    need(cfg.hours or cfg.max_steps < NO_END, "--hours 0: this run has no other end, --max-steps "
+         "gives it one")
     return cfg
 
-def resized(settings: dict, C: int) -> dict:
-    """What a completion length of one's own changes: the evaluation's, and the steps where sizes
-    give them, as many tokens a step."""
-    steps = {}
-    if "eval_length" in settings:
-        steps = {"steps": max(1, C * settings["steps"] // settings["completion_length"]),
-                 "eval_steps": str(max(1, C * int(settings["eval_steps"])
-                                       // settings["eval_length"]))}
-    return {"eval_length": 0, "eval_block_length": 0, **steps}
+def resized(settings: dict, given: dict) -> dict:
+    """What lengths of one's own change: what is evaluated, and the steps, as many tokens a step as
+    before, or a few more where these do not divide the blocks."""
+    C, at = given.get("completion_length"), settings | given
+    changed = {}
+    if C and C != settings.get("completion_length"):           # also evaluated
+        changed = {"eval_length": 0, "eval_block_length": 0}
+    if "eval_length" not in settings:                          # a tiny model's
+        return changed
+    for name, length, block in (("steps", "completion_length", "block_length"),
+                                ("eval_steps", "eval_length", "eval_block_length")):
+        now, had = ({**at, **changed, **given}[length] or at["completion_length"]), settings[length]
+        L = {**at, **changed, **given}[block] or at["block_length"]
+        most = max(1, now * int(settings[name]) // had)
+        if now != had:
+            fit = (n for n in range(most, 0, -1) if now % n == 0 and n * L % now == 0)
+            changed[name] = type(settings[name])(next(fit, most))
+    return changed
 
 def with_prompt(cfg):
     """The prompt settled: the one given, else the one this checkpoint was trained with here, else
@@ -232,10 +242,7 @@ def with_model(cfg, given: dict):
     need(cfg.model != "tiny" or not cfg.model_block,
          "--model-block: the model tiny attends both ways, tiny-block in blocks")
     about = None
-    if cfg.model in TINY:                                      # they fit any memory
-        cfg = dataclasses.replace(cfg, rollout_batch=cfg.rollout_batch or 256,
-                                  tokens_per_pass=cfg.tokens_per_pass or 12288)
-    else:
+    if cfg.model not in TINY:
         about, tokenizer = open_checkpoint(cfg.model, cfg.model_block)
         set_template_args(tokenizer, cfg.template_args)
         cfg = dataclasses.replace(cfg, template_args=cfg.template_args or template_args(

@@ -150,6 +150,8 @@ def validate_update(cfg, order_term: bool, published: dict):
     need(not cfg.update_block or cfg.update_block % cfg.block_length == 0,
          f"--update-block {cfg.update_block} is not a multiple of the rollout's blocks of "
          f"{cfg.block_length}")
+    need(cfg.controller == "off" or cfg.preset != "justgrpo",
+         "--controller sets the order of unmasking, which --preset justgrpo fixes")
     need(cfg.controller == "off" or cfg.value_model == "off" and not cfg.update_block
          and cfg.method != "dipo" or cfg.method == "dipo" and not cfg.dynamic_sampling,
          "--controller goes without --value-model, --update-block and --dynamic-sampling")

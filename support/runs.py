@@ -3,6 +3,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import io
 import math
 import os
 import pickle
@@ -24,10 +25,12 @@ from support.verdict import AFTER, verdict
 
 def read_results(path: Path) -> list[dict]:
     """Evaluations that a run kept. Raises BadInput."""
+    kinds = {"ci95": list, "completions": list, **dict.fromkeys(("steps", "n"), int),
+             **dict.fromkeys(("solved", "nfe", "seconds"), float)}
     results = read_json(path, list)
-    keys = {"steps", "solved", "ci95", "n", "nfe", "completions", "seconds"}
-    need(all(isinstance(result, dict) and keys <= result.keys() for result in results),
-         f"cannot read {path}: it holds no evaluations")
+    need(results and all(isinstance(result, dict) and all(
+        isinstance(result.get(k), kind) for k, kind in kinds.items()) for result in results),
+        f"cannot read {path}: it holds no evaluations")
     return results
 
 def read_settings(path: Path, settings: type):
@@ -39,6 +42,12 @@ def read_settings(path: Path, settings: type):
     need(known["task"] in TASKS, f"{path}: no task is called {known['task']!r} here; a task of "
          "your own resumes with the file that defines it")
     return settings(**known)
+
+def kept(cfg):
+    """The settings that cfg's folder holds, where it does: with the sizes that memory decided."""
+    with contextlib.suppress(BadInput):
+        cfg = read_settings(Path("runs") / cfg.name / "config.json", type(cfg))
+    return cfg
 
 def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwrite: bool):
     """Raises BadInput if the folder holds something already, or, to be resumed, no run or one of
@@ -142,15 +151,18 @@ def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
 
 def write_log(path: Path, rows: list[dict]):
     """All rows of a log.csv, whole or not at all."""
-    lines = [",".join(line) + "\n" for line in (*rows[:1], *map(dict.values, rows))]
-    write_atomically(path, lambda f: f.write("".join(lines).encode()))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows((*rows[:1], *map(dict.values, rows)))
+    write_atomically(path, lambda f: f.write(text.getvalue().encode()))
 
 def append_log(path: Path, row: dict):
     """One row more; the first brings the header."""
     row = ordered(row)
     with open(path, "a") as f:
-        head = "" if f.tell() else ",".join(row) + "\n"
-        f.write(head + ",".join(map(str, row.values())) + "\n")
+        lines = csv.writer(f, lineterminator="\n")
+        if not f.tell():
+            lines.writerow(row)
+        lines.writerow(row.values())
 
 @contextlib.contextmanager
 def tracker(cfg, folder: Path):
@@ -201,6 +213,7 @@ class Run:
     evaluate: Callable                 # () -> a result with solved and seconds
     seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(
         ("base_model", "rollout", "update", "eval"), 0.0))
+    base: list = ()                    # results of the evaluation before training
     stopped: bool = False
     skipped: int = 0                   # steps in a row
 
@@ -231,11 +244,11 @@ class Run:
         cfg, spent = self.cfg, sum(self.seconds[part] for part in ("rollout", "update", "eval"))
         if not cfg.hours or not done:
             return cfg.max_steps
-        base = read_results(self.folder / "eval_base.json")
-        point = base[0]["seconds"] / 2 / cfg.eval_every if cfg.eval_every else 0.0
-        left = 3600 * cfg.hours - 2 * sum(r["seconds"] for r in base) - spent
+        self.base = self.base or read_results(self.folder / "eval_base.json")
+        point = self.base[0]["seconds"] / 2 / cfg.eval_every if cfg.eval_every else 0.0
+        left = 3600 * cfg.hours - 2 * sum(r["seconds"] for r in self.base) - spent
         each = (self.seconds["rollout"] + self.seconds["update"]) / done + point
-        return min(cfg.max_steps, done + max(0, int(left / each)))
+        return min(cfg.max_steps, done + max(0, int(left / max(each, 1e-9))))
 
     def keep(self, row: dict):
         """The row goes to the log, then the weights: a run killed in between repeats the step."""
@@ -270,8 +283,8 @@ class Run:
             print(f"step {row['step']}:", *(f"{k} {v}" for k, v in shown.items()), flush=True)
         if self.first and done == AFTER and "reward" in row:
             self.progress.clear()
-            rows = read_log(self.folder / "log.csv")
-            print(verdict(rows, self.unfinished), flush=True)
+            said = verdict(read_log(self.folder / "log.csv"), self.unfinished)
+            print(said, end="\n" * bool(said), flush=True)
 
 def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     """What is printed when a run begins."""

@@ -13,9 +13,20 @@ def change(rows: list[dict], name: str) -> tuple[float, float, float]:
     error = math.sqrt(sum(statistics.variance(half) / len(half) for half in halves))
     return *map(statistics.mean, halves), T95 * error
 
+def usable(row: dict) -> bool:
+    """Whether a row of the log has numbers, of a step that was applied."""
+    try:
+        return all(abs(float(v)) < 1e100 for v in row.values() if v != "") and not float(
+            row["skipped"])
+    except (KeyError, TypeError, ValueError):
+        return False
+
 def verdict(rows: list[dict], unfinished: list[float]) -> str:
-    """rows: of the log, AFTER of them; unfinished: of each rollout the share of completions without
-    an end. A line, and a second one where the rewards teach nothing."""
+    """rows: of the log; unfinished: of each rollout the share of completions without an end. A
+    line, and a second one where the rewards teach nothing; "" for too few rows."""
+    rows = list(filter(usable, rows))
+    if len(rows) < AFTER / 2:
+        return ""
     (r0, r1, r), (s0, s1, s) = change(rows, "reward"), change(rows, "solved")
     rises = r1 - r0 > r
     word = ("the reward rises" if rises else "the reward falls: a lower --lr may help"
@@ -34,14 +45,14 @@ def cause(rows: list[dict], unfinished: float) -> str:
     parts = [name for name in rows[0] if name.startswith("reward_") and name != "reward_overlong"]
     if parts and all(map(never, parts)):
         if unfinished > 0.5:
-            return (f"no completion earns anything, and {100 * unfinished:.0f} % have no end: they "
-                    "are cut off before the answer, a longer --completion-length may help")
+            return (f"no completion earns anything, and {100 * unfinished:.0f} % have no end: where"
+                    " they are cut off before the answer a longer --completion-length helps")
         return ("no completion earns anything: the model does not write the format that the prompt "
                 "asks for, another --prompt or --sft gold first may help")
-    if "reward_correct" in parts and never("reward_correct"):
+    if never("solved"):
         return ("no answer was right: is the task too hard for the model, or has --data answers in "
                 "another form? python eval.py --model MODEL --limit 20 shows some")
-    if never("passes"):
+    if never("passes") and never("grad_norm"):
         return ("the rewards of each group are all equal, nothing to learn from: a higher "
                 "--temperature, more --completions, harder or easier examples may help")
     return ""

@@ -140,6 +140,15 @@ def test_a_shorter_completion_keeps_its_tokens_a_step(here):
     assert (cfg.steps, cfg.eval_steps, cfg.eval_length) == (32, "64", 0)
     cfg = settle({"task": "gsm8k", "model": "llada-8b", "completion_length": 512, "steps": 512})
     assert (cfg.steps, cfg.eval_steps) == (512, "256")
+    cfg = settle({"task": "gsm8k", "model": "llada-8b", "completion_length": 64,
+                  "eval_length": 256})
+    assert (cfg.steps, cfg.eval_steps, cfg.eval_length) == (16, "128", 256)
+    cfg = settle({"task": "gsm8k", "model": "llada-8b", "completion_length": 50,
+                  "block_length": 50})
+    assert (cfg.steps, cfg.eval_steps) == (10, "25")           # the nearest that divide it
+    for name in ("dream-7b", "llada-8b"):                      # the usual length said aloud
+        plain = {"task": "gsm8k", "model": name}
+        assert settle({**plain, "completion_length": 256}) == settle(plain)
 
 
 @pytest.mark.parametrize("given, cache", [
@@ -227,13 +236,14 @@ def test_hours_and_max_steps(here):
     assert (cfg.hours, cfg.max_steps) == (30, 400)
     cfg = settle({**llada, "hours": 30.0, "preset": "paper"})  # its rate decays to the last step
     assert cfg.max_steps == cfg.decay_steps == 2335
+    assert settle({**llada, "hours": 30.0, "decay_steps": 400}).max_steps == 300
 
 
 def test_the_pace_so_far_decides_how_many_steps_the_hours_allow(tmp_path):
     cfg = settle({"hours": 1.0})
     (tmp_path / "eval_base.json").write_text(json.dumps([
-        {"steps": 16, "solved": 0, "ci95": [0, 1], "n": 1, "nfe": 1, "completions": [],
-         "seconds": seconds} for seconds in (100, 50)]))
+        {"steps": 16, "solved": 0.0, "ci95": [0, 1], "n": 1, "nfe": 1.0, "completions": [],
+         "seconds": seconds} for seconds in (100.0, 50.0)]))
     run = runs.Run(cfg, tmp_path, None, [], None, [], None, None)
     run.seconds |= {"rollout": 200.0, "update": 80.0, "eval": 20.0}
     # 3600 - 2 x 150 - 300 s; 28 s a step so far, and a point of the curve (100 / 2 s) every 20
@@ -260,7 +270,8 @@ def rows(reward, solved=(0.5, 0.5), passes="9", **parts):
     noise = [0.01 * ((7 * i) % 5 - 2) for i in range(20)]
     parts = {"reward_correct": (0.2, 0.2), "reward_answer": (0.3, 0.3), **parts}
     return [{"step": str(i), "reward": str(reward[i > 9] + noise[i]), "passes": passes,
-             "solved": str(solved[i > 9] + noise[i]),
+             "solved": str(solved[i > 9] and solved[i > 9] + noise[i]), "skipped": "0",
+             "grad_norm": str(float(passes) / 9), "heldout": "",
              **{name: str(pair[i > 9]) for name, pair in parts.items()}} for i in range(20)]
 
 
@@ -269,8 +280,13 @@ def rows(reward, solved=(0.5, 0.5), passes="9", **parts):
     (rows((1, 1.001)), 0, "no change beyond the noise", 1),
     (rows((0, 0), reward_answer=(0, 0), reward_correct=(0, 0)), 0.9, "--completion-length", 2),
     (rows((0, 0), reward_answer=(0, 0), reward_correct=(0, 0)), 0.1, "another --prompt", 2),
-    (rows((1, 1), reward_correct=(0, 0)), 0, "no answer was right", 2),
-    (rows((1, 2), reward_correct=(0, 0)), 0, "the reward rises", 1),   # it earns the format first
+    (rows((1, 1), (0, 0)), 0, "no answer was right", 2),
+    (rows((1, 1), reward_correct=(0, 0)), 0, "no change", 1),          # its weight is 0
+    (rows((1, 2), (0, 0)), 0, "the reward rises", 1),          # it earns the format first
+    (rows((1, 1))[:9], 0, "", 0), ([], 0, "", 0),              # the log was cut short
+    ([{**row, "reward": "nan", "skipped": "1"} if i == 3 else row
+      for i, row in enumerate(rows((1, 2)))], 0, "after 19 steps: the reward rises", 1),
+    ([{**row, "solved": "x"} for row in rows((1, 2))], 0, "", 0),
     (rows((1, 2), reward_answer=(0, 0)), 0.9, "the reward rises", 1),
     (rows((1, 1), passes="0"), 0, "--temperature", 2)])
 def test_the_verdict_after_twenty_steps(log, unfinished, words, lines):
@@ -281,10 +297,43 @@ def test_the_verdict_after_twenty_steps(log, unfinished, words, lines):
 def test_without_a_change_the_verdict_sees_one_in_a_twentieth_of_cases():
     g, seen, n = torch.Generator().manual_seed(0), 0, 4000
     for values in torch.randn(n, 20, generator=g, dtype=torch.float64).tolist():
-        log = [{"reward": value, "solved": 0.5, "passes": 1, "reward_correct": 1}
+        log = [{"reward": value, "solved": 0.5, "passes": 1, "reward_correct": 1, "skipped": 0}
                for value in values]
         seen += "no change" not in verdict(log, [])
     assert abs(seen / n - 0.05) < 4 * (0.05 * 0.95 / n)**0.5   # four standard errors
+
+
+def test_resuming_settles_sizes_and_ends_as_a_new_run_does(here, quick, capsys):
+    assert agrpo.main([*quick, "--max-steps", "1", "--name", "x"]) == 0
+    assert agrpo.main(["--name", "x", "--resume", "--rollout-batch", "0", "--max-steps", "2"]) == 0
+    assert json.loads(Path("runs/x/config.json").read_text())["rollout_batch"] == 256
+    capsys.readouterr()
+    assert agrpo.main([*quick, "--hours", "1e-9", "--name", "y"]) == 0
+    assert agrpo.main(["--name", "y", "--resume", "--hours", "0"]) == 2
+    assert "--max-steps" in capsys.readouterr().err
+    assert agrpo.main(["--preset", "justgrpo", "--controller", "threshold"]) == 2
+
+
+def test_out_of_memory_advice_starts_from_the_sizes_that_memory_decided(here, monkeypatch, capsys):
+    write_checkpoint("model", "llada", heads=4, kv=4, length=2048)
+    Path("sums.jsonl").write_text("".join(
+        json.dumps({"question": f"{i}+1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(40)))
+
+    def rollout(*given, **rest):
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(agrpo, "rollout", rollout)
+    assert agrpo.main(["--task", "gsm8k", "--data", "sums.jsonl", "--model", "model", "--device",
+                       "cpu", "--eval-examples", "4"]) == 1
+    assert "--rollout-batch 64 " in capsys.readouterr().err
+
+
+def test_a_part_with_a_comma_in_its_name_keeps_its_column(here):
+    row = {"step": 0, "reward": 1.0, "reward_a,b": 0.5, "rollout_seconds": 1.0,
+           "update_seconds": 1.0}
+    runs.append_log(Path("log.csv"), row)
+    runs.write_log(Path("log.csv"), runs.read_log(Path("log.csv")))
+    runs.append_log(Path("log.csv"), {**row, "step": 1})
+    assert [r["reward_a,b"] for r in runs.read_log(Path("log.csv"))] == ["0.5", "0.5"]
 
 
 def test_a_run_says_after_twenty_steps_whether_it_learns(here, quick, capsys):
