@@ -1,8 +1,10 @@
 """What a run is forecast to cost, by model, GPU and preset, from shapes alone.
 
-    python tests/measure/nights.py         assets/nights.csv, which tables.py makes a table of
+    python tests/measure/nights.py             assets/nights.csv, which tables.py makes a table of
+    python tests/measure/nights.py measured    the forecast of a step by that measured, of gpu.csv
 """
 import csv
+import dataclasses
 import sys
 from pathlib import Path
 from unittest import mock
@@ -21,6 +23,29 @@ GPUS = {name: (memory, REACHED * peak, generation) for name, memory, peak, gener
     ("40 GB (A100)", 42.3, 312e12, 8),         # compute capability
     ("80 GB (H100)", 84.9, 989e12, 9))}
 LONGEST, USUAL = 400, 250              # tokens of GSM8K's prompts
+
+OLD = {"block_length": 4, "steps": 128, "cache": "block"}      # of small models in that run
+MEASURED = {                           # shape of gpu.csv: model, flags, settings of that run
+    "8B": ("llada-8b", {"cache": "none"}, {}),
+    "8B, dual cache": ("llada-8b", {"cache": "dual"}, {}),
+    "1.7B, block cache": ("sdar-1.7b", {}, OLD),
+    "0.6B, block cache": ("qwen3-0.6b-bd3lm", {}, OLD)}
+
+def measured():
+    """Forecast by measured seconds of rollout, update and step, of the H200's run 1."""
+    with open(ASSETS / "gpu.csv") as f:
+        found = {(r["what"], r["unit"]): r["value"] for r in csv.DictReader(f) if r["run"] == "1"}
+    rate = 1e12 * float(found["matmul rate", "TFLOP/s"])
+    for shape, (name, flags, own) in MEASURED.items():
+        cfg = dataclasses.replace(night(name, **flags), **own, rollout_batch=64,
+                                  tokens_per_pass=4096, gradient_checkpointing="off")
+        forecast, real = cost.work(stock_config(name), cfg, 200), [
+            float(next(v for (what, unit), v in found.items()
+                       if what.startswith(f"{shape}: {part}") and unit == "s"))
+            for part in ("rollout", "update of")]
+        guess = [cost.seconds(forecast, part, rate) for part in ("rollout", "update")]
+        ratios = [a / b for a, b in zip((*guess, sum(guess)), (*real, sum(real)))]
+        print(f"{shape}: rollout, update, step", *(f"{ratio:.2f}" for ratio in ratios))
 
 def main():
     rows = []
@@ -49,4 +74,4 @@ def main():
         out.writerows(rows)
 
 if __name__ == "__main__":
-    main()
+    measured() if sys.argv[1:] == ["measured"] else main()
