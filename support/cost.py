@@ -189,19 +189,19 @@ def announce(config, cfg, lengths: tuple, device: str, processes: int) -> str:
                     gpu)
     size = {k: f"{v:.1f} GB" if v >= 1 else f"{1e3 * v:.0f} MB" for k, v in cost.items()}
     time, steps = {k: duration(v) for k, v in run.items()}, run["steps"]
-    kind = "fine-tuning" if cfg.sft else f"--preset {cfg.preset}" if cfg.preset else "default sizes"
+    kind = ", fine-tuning" if cfg.sft else f", --preset {cfg.preset}" if cfg.preset else ""
     fewer = f" (as many as fit into --hours {cfg.hours:g})" if steps < cfg.max_steps else ""
     where = torch.cuda.get_device_name(device) if gpu else "this CPU"
-    text = [f"{cfg.model}, {kind}, estimated for {where}: {steps} step{'s' * (steps != 1)}{fewer}, "
+    text = [f"{cfg.model}{kind}, estimated for {where}: {steps} step{'s' * (steps != 1)}{fewer}, "
             f"{time['total']} with evaluations, {size['total']} of memory"
             + ("" if cfg.preset or cfg.sft else "; --preset paper runs the published sizes")]
     text.append(
         f"a step {duration(run['rollout'] + run['update'])}: rollout {time['rollout']}, update "
-        f"{time['update']}; an evaluation {time['eval']}; weights {size['weights']}, "
-        f"{'adapters' if cfg.lora_rank else 'gradients'} and optimizer {size['trained']}, and one "
-        f"at a time rollout {size['rollout']} (at most {cfg.rollout_batch} rows at once), "
-        f"evaluation {size['evaluation']}, update {size['update']} ({cfg.tokens_per_pass} tokens at"
-        " once" + (", activations computed twice)" if cfg.gradient_checkpointing == "on" else ")"))
+        f"{time['update']}; an evaluation {time['eval']}; memory: weights {size['weights']}, "
+        f"{'adapters' if cfg.lora_rank else 'gradients'} and optimizer {size['trained']}, and the "
+        f"largest of rollout {size['rollout']} (at most {cfg.rollout_batch} completions at once), "
+        f"evaluation {size['evaluation']}, update {size['update']} ({cfg.tokens_per_pass} tokens "
+        f"at once{', activations twice' * (cfg.gradient_checkpointing == 'on')})")
     if cfg.cache in ("prefix", "dual"):
         text.append(f"--cache {cfg.cache}: rollouts are approximate, and the update scores tokens "
                     "only; --cache none is exact and slower")

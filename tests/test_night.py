@@ -214,7 +214,7 @@ def test_the_announcement_is_a_sentence_with_the_numbers_of_the_forecast(on_gpu)
     first, *rest = cost.announce(config, cfg, (400, 250), "cuda:0", 1).splitlines()
     run = cost.whole_run(cost.estimate(config, cfg, 250, True), cfg, RTX[1])
     memory = cost.estimate(config, cfg, 400, True)["total"]
-    words = f"GSAI-ML/LLaDA-8B-Instruct, default sizes, estimated for a GPU: {run['steps']} steps"
+    words = f"GSAI-ML/LLaDA-8B-Instruct, estimated for a GPU: {run['steps']} steps"
     assert first.startswith(words) and "--cache none is exact" in rest[-1]
     assert "--hours 16" in first and cost.duration(run["total"]) in first
     assert f"{memory:.1f} GB" in first and "--preset paper" in first
@@ -258,7 +258,9 @@ def test_a_run_ends_in_time_with_its_results_and_stays_ended(here, quick, capsys
     assert agrpo.main([*quick, "--hours", "1e-9", "--name", "x"]) == 0
     assert "1 training step," in capsys.readouterr().out
     assert json.loads(Path("runs/x/summary.json").read_text())["trained"]["n"] == 8
-    assert agrpo.main(["--name", "x", "--resume"]) == 0        # nothing is left to do
+    assert agrpo.main(["--name", "x", "--resume"]) == 0
+    assert "nothing is left to do after step 0: a larger --hours 1e-09 goes on" in (
+        capsys.readouterr().out)
     assert len(list(csv.DictReader(open("runs/x/log.csv")))) == 1
     assert agrpo.main(["--name", "x", "--resume", "--max-steps", "3"]) == 0    # whatever it takes
     assert len(list(csv.DictReader(open("runs/x/log.csv")))) == 3
@@ -356,7 +358,7 @@ def test_the_whole_night_in_small(here, monkeypatch, capsys, name, family, block
              "--prompts", "2", "--completions", "4"]           # all of them: minutes a step
     assert agrpo.main([*flags, "--max-steps", "2", "--name", "x"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("./model, default sizes, estimated for this CPU: 2 steps,")
+    assert said.startswith("./model, estimated for this CPU: 2 steps,")
     cfg = json.loads(Path("runs/x/config.json").read_text())
     assert (cfg["completion_length"], cfg["cache"]) == (256, "block" if block else "none")
     assert (cfg["block_length"], cfg["steps"]) == {
