@@ -346,7 +346,7 @@ def test_a_run_says_after_twenty_steps_whether_it_learns(here, quick, capsys):
 # ------------------------------------------------------------------------ the whole night, small
 @pytest.mark.whole
 @pytest.mark.parametrize("name, family, block", [
-    ("llada-8b", "llada", 0), ("sdar-1.7b", "sdar", 4), ("qwen3-0.6b-mdlm", "a2d-qwen2", 0)])
+    ("llada-8b", "llada", 0), ("sdar-1.7b", "sdar", 4), ("qwen3-0.6b-mdlm", "a2d-qwen3", 0)])
 def test_the_whole_night_in_small(here, monkeypatch, capsys, name, family, block):
     if not DATA.is_file():
         pytest.skip("needs GSM8K's train.jsonl")
@@ -355,14 +355,14 @@ def test_the_whole_night_in_small(here, monkeypatch, capsys, name, family, block
     write_checkpoint("model", family, heads=4, kv=4, length=2048)
     monkeypatch.setitem(presets.MODELS, name, ("./model", presets.MODELS[name][1]))
     flags = ["--task", "gsm8k", "--data", "gsm8k.jsonl", "--model", name, "--eval-examples", "4",
-             "--prompts", "2", "--completions", "4"]           # all of them: minutes a step
+             "--prompts", "1", "--completions", "4"]           # all 64: minutes a step
     assert agrpo.main([*flags, "--max-steps", "2", "--name", "x"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("./model, estimated for this CPU: 2 steps,")
     cfg = json.loads(Path("runs/x/config.json").read_text())
     assert (cfg["completion_length"], cfg["cache"]) == (256, "block" if block else "none")
     assert (cfg["block_length"], cfg["steps"]) == {
-        "llada": (32, 64), "sdar": (4, 256), "a2d-qwen2": (64, 64)}[family]
+        "llada": (32, 64), "sdar": (4, 256), "a2d-qwen3": (64, 64)}[family]
     assert cfg["rollout_batch"] == 128 and cfg["tokens_per_pass"] == 4096
     assert agrpo.main(["--name", "x", "--resume", "--max-steps", "3"]) == 0
     assert len(list(csv.DictReader(open("runs/x/log.csv")))) == 3
