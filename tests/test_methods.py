@@ -1099,7 +1099,7 @@ BAD = [
     ("--method tracerl --shrink 1 --value-model on --position-term on", "--position-term"),
     ("--model-block 4", "tiny-block"),
     ("--method diffpo --mc-steps 2", "--method agrpo"),
-    ("--method diffpo --preset official", "--method agrpo"),
+    ("--method diffpo --preset official", "its own --method"),
     ("--model tiny-block --block-length 8", "blocks of 4"),
     ("--model tiny-block --task gsm8k", "sudoku and countdown"),
     ("--model tiny-block --eval-steps 16", "20, 10, 5"),

@@ -364,7 +364,7 @@ def job(here, monkeypatch):
 @pytest.mark.whole
 def test_a_run_with_adapters_resumes_to_the_bit_evaluates_merges_and_trains_on(job, capsys):
     assert agrpo.main([*JOB, "--name", "four", "--max-steps", "4"]) == 0
-    assert "estimate: " in capsys.readouterr().out
+    assert "estimated for this CPU: 4 steps" in capsys.readouterr().out
     assert agrpo.main([*JOB, "--name", "halves", "--max-steps", "2"]) == 0
     assert agrpo.main(["--name", "halves", "--resume", "--max-steps", "4"]) == 0
     a, b = (torch.load(f"runs/{n}/checkpoint.pt", weights_only=True) for n in ("four", "halves"))

@@ -429,7 +429,7 @@ def test_every_rule_of_unmasking_trains_and_evaluates(here, quick, unmasking, ca
     assert (
         all(x < 8 for x in nfe)
         if unmasking in ("threshold", "entropy_bound")
-        else all(x == 8 for x in nfe)
+        else all(x == (16 if unmasking == "left_to_right" else 8) for x in nfe)
     )
     assert evaluation.main(
         ["--model", "runs/x", "--limit", "4", "--steps", "16", "--unmasking", unmasking]) == 0
