@@ -78,16 +78,19 @@ def memory(config, cfg, prompt_length: int, half: bool) -> dict:
 def work(config, cfg, prompt_length: int, processes: int = 1) -> dict:
     """Of a training step, and of an evaluation of all held-out examples: floating point operations
     of all processes (rollout_flops, update_flops, eval_flops), and the layers that one process
-    starts (rollout_layers and so on). A backward pass counts as two forwards, as one where the
-    weights are frozen."""
+    starts (rollout_layers and so on). A backward pass counts as two forwards, as one through frozen
+    weights; against torch's own count: tests/test_night.py."""
     h, V, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     L, C, T, N = cfg.block_length, cfg.completion_length, cfg.steps, cfg.prompts * cfg.completions
     S, blocks, frozen = prompt_length + C, C / L, cfg.lora_rank > 0
-    body = 2 * (parameter_count(config) - h * V * (2 - config.tie_word_embeddings)
-                + adapter_count(config, cfg.lora_rank) * frozen)
+    adapters = 2 * adapter_count(config, cfg.lora_rank) * frozen
+    body = 2 * (parameter_count(config) - h * V * (2 - config.tie_word_embeddings)) + adapters
 
-    def forward(tokens, length):       # tokens that see so many
-        return tokens * (body + 4 * length * attention_widths(config)[0] * layers)
+    def attention(tokens, length):     # tokens that see so many
+        return tokens * 4 * length * attention_widths(config)[0] * layers
+
+    def forward(tokens, length):
+        return tokens * body + attention(tokens, length)
 
     def head(block, a_step):           # of the positions that are open, on average
         return h * V * (block + a_step)
@@ -104,7 +107,8 @@ def work(config, cfg, prompt_length: int, processes: int = 1) -> dict:
         return math.ceil(math.ceil(rows / processes) / size)
     return {
         "rollout_flops": 0 if cfg.sft else N * (forward(tokens, S) + T * head(L, C / T)),
-        "update_flops": scored * ((3 - frozen + again) * forward(S, S) + 3 * head(L, C / T)),
+        "update_flops": scored * ((3 - frozen + again) * forward(S, S) + (3 - frozen) * head(
+            L, C / T) + frozen * (S * adapters + attention(S, S))),        # these two cost three
         "eval_flops": cfg.eval_examples * sum(
             n * (forward(a_call, eval_S) + head(eval_L, (cfg.eval_length or C) / n))
             for n in eval_steps),

@@ -197,8 +197,7 @@ def hours_or_steps(cfg, given: dict):
 def resized(settings: dict, given: dict) -> dict:
     """What lengths of one's own change: what is evaluated, and the steps, as many tokens a step as
     before, or a few more where these do not divide the blocks."""
-    C, at = given.get("completion_length"), settings | given
-    changed = {}
+    C, at, changed = given.get("completion_length"), settings | given, {}
     if C and C != settings.get("completion_length"):           # also evaluated
         changed = {"eval_length": 0, "eval_block_length": 0}
     if "eval_length" not in settings:                          # a tiny model's
@@ -227,18 +226,43 @@ def tiny_block(cfg) -> int:
     """Tokens in a block of the tiny block-causal model; 0 for the one that sees everything."""
     return (cfg.model_block or 4) if cfg.model == "tiny-block" else 0
 
-def takes_cache(cfg, given: dict, config) -> bool:
-    """Whether a cache that nobody asked for is worth it, and goes with all that was asked for."""
-    return (config and parameter_count(config) > LARGE and cfg.method in ("agrpo", "exact")
+def unless_given(cfg, given: dict, **settings):
+    """cfg with those settings that were not asked for otherwise."""
+    return dataclasses.replace(cfg, **{k: v for k, v in settings.items() if k not in given})
+
+def with_cache(cfg, given: dict, block: int, config):
+    """The cache asked for; else in blocks the exact one, and one night's, where the model is worth
+    it and it goes with all that was asked for. Raises BadInput."""
+    fits = (config and parameter_count(config) > LARGE and cfg.method in ("agrpo", "exact")
             and cfg.controller == cfg.value_model == "off" and not cfg.sft
             and not given.keys() & {*WITH_CACHE, "normalizer"})
+    cache = given.get("cache", "block" if block else cfg.cache if fits else "none")
+    kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
+    need(cache not in (APPROXIMATE if block else ("block",)),
+         f"--cache {cache}: {cfg.model} attends {kinds}")
+    also = WITH_CACHE if cache in APPROXIMATE and cfg.method in ("agrpo", "exact") else {}
+    return dataclasses.replace(unless_given(cfg, given, **also), cache=cache)
+
+def in_blocks(cfg, given: dict, block: int):
+    """A block-causal model is denoised in the blocks of its attention, and where nothing else is
+    asked for, one token a step. Raises BadInput."""
+    if other := {given.get(k, block) for k in ("block_length", "eval_block_length")} - {block, 0}:
+        raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of "
+                       f"{block}; leave it out")
+    C = steps = cfg.completion_length
+    eval_steps = str(cfg.eval_length or C)
+    if made_here(cfg.model) and "completion_length" not in given:
+        C = (-(-C // block) + 1) * block                       # the first is what the prompt left
+        halves = [C >> k for k in range(3 if cfg.controller == "off" else 1) if block % 2**k == 0]
+        steps, eval_steps = halves[:2][-1], ",".join(map(str, halves))
+    return unless_given(cfg, given, block_length=block, eval_block_length=block, shrink=1,
+                        completion_length=C, eval_steps=eval_steps,
+                        steps=C if cfg.unmasking == "left_to_right" else steps)
 
 def with_model(cfg, given: dict):
-    """What the checkpoint settles: an adapter's rank is its own; a block-causal model is denoised
-    in the blocks of its attention, and where nothing else is asked for, one token a step."""
+    """What the checkpoint settles: an adapter's rank is its own, cache and blocks go with its
+    attention. Raises BadInput."""
     need_gpu(cfg)
-    def unless_given(**settings):
-        return dataclasses.replace(cfg, **{k: v for k, v in settings.items() if k not in given})
     need(cfg.model != "tiny" or not cfg.model_block,
          "--model-block: the model tiny attends both ways, tiny-block in blocks")
     about = None
@@ -259,45 +283,23 @@ def with_model(cfg, given: dict):
                            f"{', '.join(f'{k} {v}' for k, v in own.items())}; --lora-rank 0 trains "
                            "all weights")
         cfg = dataclasses.replace(cfg, **own)
-    usual = "block" if block else cfg.cache if takes_cache(
-        cfg, given, about and about.config) else "none"
-    cache = given.get("cache", usual)
-    kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
-    need(cache not in (APPROXIMATE if block else ("block",)),
-         f"--cache {cache}: {cfg.model} attends {kinds}")
-    cfg = dataclasses.replace(cfg, cache=cache)
-    if cache in APPROXIMATE and cfg.method in ("agrpo", "exact"):
-        cfg = unless_given(**WITH_CACHE)
+    cfg = with_cache(cfg, given, block, about and about.config)
     needs = "--update-block" if cfg.update_block else "--method dipo"
     need(block or cfg.method != "dipo" and not cfg.update_block,
          f"{needs} needs a block-causal model (SDAR, --model tiny-block): {cfg.model} attends in "
          "both directions")
-    C = cfg.completion_length
-    controlled = cfg.controller != "off"
-    if controlled:                                             # it may take any number of steps
+    if cfg.controller != "off":                                # it may take any number of steps
         rule, had = CONTROLLED[cfg.controller], saved_settings(cfg.model).get("controller", "off")
         need(given.get("unmasking", rule) == rule,
              f"--controller {cfg.controller} goes with --unmasking {rule}")
         need(had in ("off", cfg.controller),
              f"--controller {cfg.controller}: {cfg.model} has another kind, {had}")
-        cfg = unless_given(unmasking=rule, steps=C, position_term="off",
+        C = cfg.completion_length
+        cfg = unless_given(cfg, given, unmasking=rule, steps=C, position_term="off",
                            eval_steps=str(cfg.eval_length or C))
     if cfg.unmasking == "left_to_right":                       # a token a step
-        cfg = unless_given(steps=C)
-    if not block:
-        return cfg
-    if other := {given.get(k, block) for k in ("block_length", "eval_block_length")} - {block, 0}:
-        raise BadInput(f"--block-length {other.pop()}: the attention of {cfg.model} has blocks of "
-                       f"{block}; leave it out")
-    steps, eval_steps = C, str(cfg.eval_length or C)
-    if made_here(cfg.model) and "completion_length" not in given:
-        C = (-(-C // block) + 1) * block                       # the first is what the prompt left
-        halves = [C >> k for k in range(1 if controlled else 3) if block % 2**k == 0]
-        steps, eval_steps = halves[:2][-1], ",".join(map(str, halves))
-    if cfg.unmasking == "left_to_right":
-        steps = C
-    return unless_given(block_length=block, eval_block_length=block, shrink=1, completion_length=C,
-                        steps=steps, eval_steps=eval_steps)
+        cfg = unless_given(cfg, given, steps=cfg.completion_length)
+    return in_blocks(cfg, given, block) if block else cfg
 
 def for_evaluation(cfg):
     """cfg with the greedy sampler, or the controller's, and the shape to evaluate with."""
@@ -338,10 +340,9 @@ def need_gpu(cfg):
 def default_name(cfg) -> str:
     """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the
     run apart from the plain one."""
-    other = cfg.model not in (*TINY, LLADA)
     method = "" if cfg.method in ("agrpo", "exact") and cfg.preset else cfg.method
     parts = (cfg.task, "tiny-block" if cfg.model == "tiny-block" else "",
-             f"on-{Path(cfg.model).name}" if other else "",
+             f"on-{Path(cfg.model).name}" if cfg.model not in (*TINY, LLADA) else "",
              *(["sft"] if cfg.sft else [method, cfg.preset]),
              "value" if cfg.value_model == "on" else "",
              f"{cfg.controller}-{cfg.controller_training}" if cfg.controller != "off" else "",

@@ -45,8 +45,9 @@ def read_settings(path: Path, settings: type):
 
 def kept(cfg):
     """The settings that cfg's folder holds, where it does: with the sizes that memory decided."""
-    path = Path("runs") / cfg.name / "config.json"
-    return read_settings(path, type(cfg)) if path.is_file() else cfg
+    with contextlib.suppress(BadInput):                        # broken, or not there
+        return read_settings(Path("runs") / cfg.name / "config.json", type(cfg))
+    return cfg
 
 def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwrite: bool):
     """Raises BadInput if the folder holds something already, or, to be resumed, no run or one of
@@ -228,8 +229,8 @@ class Run:
             self.seconds.update(saved["seconds"])
             self.last = once(self.within_hours, start)
             if start >= self.last:
-                end = f"--hours {self.cfg.hours:g}" if start < self.cfg.max_steps else "--max-steps"
-                say(f"nothing is left to do after step {start - 1}: a larger {end} goes on")
+                end = "max-steps" if start == self.cfg.max_steps else f"hours {self.cfg.hours:g}"
+                say(f"nothing is left to do after step {start - 1}: a larger --{end} goes on")
         once(lambda: write_log(log, read_log(log, before_step=start)))
         with (tracker(self.cfg, self.folder) as self.track, stop_requests() as self.stops,
               tqdm(desc="agrpo", unit="step", initial=start, total=max(start, self.last),
@@ -284,8 +285,7 @@ class Run:
         if self.first and self.progress.disable:               # a file, not a terminal
             print(f"step {row['step']}:", *(f"{k} {v}" for k, v in shown.items()), flush=True)
         if self.first and done == AFTER and "reward" in row:
-            said = verdict(read_log(self.folder / "log.csv"), self.unfinished)
-            self.progress.write(said, end="\n" * bool(said))
+            self.progress.write(verdict(read_log(self.folder / "log.csv"), self.unfinished), end="")
 
 def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     """What is printed when a run begins."""

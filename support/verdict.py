@@ -25,7 +25,7 @@ def verdict(rows: list[dict], unfinished: list[float]) -> str:
     """rows: of the log; unfinished: of each rollout the share of completions without an end. A
     line, and a second one where the rewards teach nothing; "" for too few rows."""
     rows = list(filter(usable, rows))
-    if len(rows) < AFTER / 2:
+    if len(rows) < AFTER - 3:                                  # T95 is for about as many
         return ""
     (r0, r1, r), (s0, s1, s) = change(rows, "reward"), change(rows, "solved")
     rises = r1 - r0 > r
@@ -36,7 +36,7 @@ def verdict(rows: list[dict], unfinished: list[float]) -> str:
             f"solved {100 * s0:.1f} -> {100 * s1:.1f} %, change {100 * (s1 - s0 - s):+.1f} to "
             f"{100 * (s1 - s0 + s):+.1f}")
     why = "" if rises else cause(rows, statistics.mean(unfinished or [0.0]))
-    return "\n".join(filter(None, (text, why)))
+    return "".join(f"{line}\n" for line in (text, why) if line)
 
 def cause(rows: list[dict], unfinished: float) -> str:
     """Why the rewards teach nothing; "" where they may."""

@@ -14,6 +14,7 @@ import agrpo  # noqa: E402
 import eval as evaluation  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402
 from methods.models import settle  # noqa: E402
+from gpu import large_policy  # noqa: E402
 from nights import GPUS  # noqa: E402
 from rewards import BadInput  # noqa: E402
 from shapes import SHAPES, night, stock_config  # noqa: E402
@@ -197,6 +198,41 @@ def test_each_of_several_gpus_starts_its_own_kernels():
     assert cost.seconds(one, "rollout", 1e20) == cost.seconds(eight, "rollout", 1e20, 8)
     assert cost.seconds(one, "rollout", 1e9) == pytest.approx(
         8 * cost.seconds(eight, "rollout", 1e9, 8))
+
+
+@pytest.mark.parametrize("name, cache", [
+    ("llada-8b", "none"), ("llada-8b", "dual"), ("llada-8b", "prefix"), ("sdar-1.7b", "block")])
+def test_the_work_is_what_a_rollout_and_an_update_compute(name, cache):
+    """Against the operations that torch counts, of matrix products and attention."""
+    from methods import caches
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    config, prompt, block = stock_config(name, small=True), 40, SHAPES[name][1]
+    if not block:                      # what the first layer is spared counts less in twelve
+        config.num_hidden_layers = 12
+    cfg = dataclasses.replace(
+        night(name), prompts=2, completions=2, completion_length=48, block_length=block or 12,
+        steps=48 if block else 24, mc_steps=2, lora_rank=4, cache=cache, tokens_per_pass=4096,
+        top_k=0, top_p=1.0, method="exact", position_term="off", temperature=1.0)
+    policy = large_policy(config, block, cfg, "cpu")
+    policy.eos_id = policy.turn_id = 512                       # of no vocabulary: no early end
+    ids = torch.randint(7, 512, (4, prompt), generator=torch.Generator().manual_seed(0))
+    roll = agrpo.rollout if cache == "none" else caches.cached_rollout
+    counted = FlopCounterMode(display=False)
+    with counted, sdpa_kernel(SDPBackend.MATH):                # the fused kernel is not counted
+        traj = roll(policy, ids, torch.ones_like(ids), cfg, [("a", i) for i in range(4)])
+    work = cost.work(config, cfg, prompt)
+    assert int(traj.nfe.min()) == cfg.steps
+    assert work["rollout_flops"] == pytest.approx(counted.get_total_flops(), rel=0.01)
+    if cache == "none":
+        adv = torch.ones(4, dtype=torch.float64)
+        views = agrpo.prepare(policy, traj, agrpo.exact_views(traj, adv, cfg, policy.mask_id, None),
+                              adv[:, None], cfg)
+        counted = FlopCounterMode(display=False)
+        with counted, sdpa_kernel(SDPBackend.MATH):
+            agrpo.accumulate(views, cfg, lambda part: agrpo.policy_loss(policy, traj, part, cfg))
+        assert len(views.row) == cost.states_scored(cfg)
+        assert work["update_flops"] == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 
 def test_hours_that_cannot_be_kept_are_told(on_gpu):

@@ -1,4 +1,4 @@
-"""What each lever of the cost buys: solved share per second against the published proportions.
+"""What each lever of the cost buys: solved share per second against the published estimator.
 
     python tests/measure/levers.py [TASK ...]      runs every arm of those tasks, three seeds
 
@@ -30,7 +30,7 @@ POINTS = 3  # of each curve
 OURS = "--prompts 16 --completions 8"  # the published batch
 FULL = {"sudoku": 16, "countdown": 12}  # tokens of a completion: FULL of the flags below
 ARMS = {  # lever: {setting: flags}; K = 1, low confidence and half of the steps where not named
-    "published estimator": {"": f"{OURS} --preset official"},
+    "published estimator": {"": f"{OURS} --preset paper"},
     "ours": {"": OURS},
     "K": {
         "2": f"{OURS} --mc-steps 2",
@@ -47,7 +47,7 @@ ARMS = {  # lever: {setting: flags}; K = 1, low confidence and half of the steps
         "threshold 0.7": f"{OURS} --unmasking threshold --threshold 0.7 --steps FULL",
         "random": f"{OURS} --unmasking random",
         "left to right": f"{OURS} --unmasking left_to_right --steps FULL",
-        "JustGRPO": f"{OURS} --unmasking left_to_right --steps FULL --method exact --advantage std",
+        "JustGRPO": f"{OURS} --preset justgrpo",
     },
     "cache": {"dual": f"{OURS} --cache dual"},
 }

@@ -1,5 +1,4 @@
 """The shapes of published models, as stock configurations."""
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -7,7 +6,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from methods.models import settle  # noqa: E402
-from support import options, presets  # noqa: E402
+from support import options  # noqa: E402
 
 # vocabulary, width, inner, layers, heads, of keys, tied; block of its attention
 SHAPES = {
@@ -33,15 +32,8 @@ def stock_config(name: str, small: bool = False):
                 **own)
 
 def night(name: str, **given):
-    """The settings of a run on it by its short name, sizes of the preset; what the command line
-    reads off a checkpoint (with_model) is done here by its shape."""
-    cfg, block = settle({"task": "gsm8k", "model": name, **given}), SHAPES[name][1]
-    if not options.takes_cache(cfg, given, stock_config(name)):
-        cfg = dataclasses.replace(cfg, cache=given.get("cache", "none"))
-    if cfg.cache in presets.APPROXIMATE:
-        cfg = dataclasses.replace(cfg, **presets.WITH_CACHE)
-    if block:
-        own = {"block_length": block, "eval_block_length": block, "steps": cfg.completion_length,
-               "eval_steps": str(cfg.eval_length or cfg.completion_length), "cache": "block"}
-        cfg = dataclasses.replace(cfg, **{k: v for k, v in own.items() if k not in given})
-    return cfg
+    """The settings of a run on it by its short name, as if its checkpoint were here."""
+    given = {"task": "gsm8k", "model": name, **given}
+    block = SHAPES[name][1]
+    cfg = options.with_cache(settle(given), given, block, stock_config(name))
+    return options.in_blocks(cfg, given, block) if block else cfg
