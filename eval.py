@@ -294,7 +294,7 @@ def parse(argv: list[str]) -> tuple:
 def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) -> tuple:
     """The checks that need the checkpoint's small files; then what the run will cost, printed.
     Returns the rows to train on, and the settings with those decided that memory decides."""
-    tokenizer = tiny.tiny_tokenizer()
+    tokenizer = tiny.tiny_tokenizer(TASKS[cfg.task].words)
     context, mask_id = 256, tokenizer.mask_token_id
     if cfg.model not in options.TINY:
         about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)

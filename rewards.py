@@ -17,8 +17,9 @@ from functools import partial
 
 from support.math_answers import (MATH_CHARS, math_copied, math_equal, math_form,
                                   math_normal, math_pair)
-from support.puzzles import (SOLUTIONS, countdown_generate, countdown_solve, in_split,  # noqa: F401
-                             sudoku_class, sudoku_generate, sudoku_lazy)
+from support.puzzles import (SOLUTIONS, STORY_WORDS, countdown_generate, countdown_solve,
+                             in_split, story_answer, story_generate,  # noqa: F401
+                             story_lazy, sudoku_class, sudoku_generate, sudoku_lazy)
 
 class BadInput(Exception):
     """A mistake of the caller (flag, file, example), in one line. Commands exit with code 2."""
@@ -256,6 +257,28 @@ def tag_parts(completion: str, example: dict) -> dict:
     return {"think": float("</think>" in text or "</reasoning>" in text),
             "answer": float("</answer>" in text.partition("<answer>")[2])}
 
+def gsm8k_gold(example: dict) -> str:
+    """The number after ####."""
+    return example["answer"].rsplit("####")[-1].strip()
+
+# --------------------------------------------------------------------------------------- stories
+CHAIN = r"[0-9]+(?:[-+][0-9]+=[0-9]+)*[-+][0-9]+=(?:[0-9]+)?"       # its last result may be tagged
+
+def story_gold(example: dict) -> str:
+    """A right completion as the tiny model writes it: the chain, its last result in answer tags.
+    >>> story_gold({"answer": "27+5=32-3=29\\n#### 29"})
+    '27+5=32-3=<answer>29</answer>'"""
+    return story_answer(example["answer"].partition("####")[0].strip())
+
+def story_parts(completion: str, example: dict) -> dict:
+    """format: 1/2 for reasoning that is a chain of sums + 1/2 for a number between answer tags.
+    >>> [story_parts(x, {}) for x in ("27+5=<answer>32</answer>", "27+=<answer>32</answer>")]
+    [{'format': 1.0}, {'format': 0.5}]"""
+    reasoning, _, answer = text_of(completion).partition("<answer>")
+    chain = re.sub(r"</?(?:think|reasoning)>|\s", "", reasoning)
+    closed = re.fullmatch(r"\s*(?:\\boxed\{)?[0-9]+\}?\s*</answer>\s*", answer)
+    return {"format": (bool(re.fullmatch(CHAIN, chain)) + bool(closed)) / 2}
+
 # ------------------------------------------------------------------------------------------ MATH
 def math_answer(completion: str) -> str:
     """The answer of a completion; too long a one is cut, and then equal to none."""
@@ -308,8 +331,8 @@ def gold_completion(task: str, example: dict, style: str) -> str:
     '<think>2 + 2 = 4</think>\\n<answer>\\\\boxed{4}</answer>'"""
     gold = TASKS[task].gold(example)
     if style not in FORMATS:
-        return gold
-    words = example["answer"].partition("####")[0] if task == "gsm8k" else ""
+        return (TASKS[task].bare_gold or TASKS[task].gold)(example)
+    words = example["answer"].partition("####")[0] if task in ("gsm8k", "story") else ""
     return FORMATS[style][2].format(reasoning=re.sub(r"<<.*?>>", "", words).strip(), gold=gold)
 
 def gold_is_right(task: str, example: dict) -> bool:
@@ -338,6 +361,8 @@ class Task:
     row: Callable[[dict], dict] = dict            # a row of a data file -> example
     canonical: Callable[[dict], object] | None = None    # equal up to symmetry; None: question
     bare: Callable[[dict], str] | None = None     # the tiny model's statement; None: question
+    bare_gold: Callable[[dict], str] | None = None    # its right completion; None: gold
+    words: tuple = ()                             # its tokens, no spaces; (): one a character
     beside: tuple[str, Callable] | None = None    # a second grade to report: name, function
     generate: Callable[[int, int, str], list] | None = None    # n, seed, split -> examples
     lazy: Callable[[dict, object], str] | None = None   # the tiny model's first answers
@@ -376,13 +401,20 @@ TASKS = {
         question=lambda ex: f"Numbers: {ex['nums']}\nTarget: {ex['target']}", form="the expression",
         bare=lambda ex: f"{','.join(map(str, ex['nums']))}={ex['target']}", parts=countdown_parts,
         gold=lambda ex: countdown_solve(ex["nums"], ex["target"]), grade=countdown_grade,
-        weights={"format": 1, "correct": 3}, lazy=lambda ex, rng: "+".join(map(str, ex["nums"])),
-        answer=lambda text: find_answer(text)[0].replace(" ", "") or None, row=countdown_row,
+        weights={"format": 1, "correct": 3}, row=countdown_row,
+        answer=lambda text: find_answer(text)[0].replace(" ", "") or None,
         canonical=lambda ex: (*sorted(ex["nums"]), ex["target"]), generate=countdown_generate),
+    "story": Task(
+        instruction="Solve the problem as a chain of sums such as 27+5=32-3=29, step by step.",
+        question=lambda ex: ex["question"], form="the number", row=partial(text_row, "question"),
+        gold=gsm8k_gold, bare_gold=story_gold, grade=gsm8k_grade, parts=story_parts,
+        weights={"format": 1, "correct": 3}, answer=lambda text: last_number(find_answer(text)[0]),
+        canonical=lambda ex: ex["answer"], generate=story_generate, lazy=story_lazy,
+        words=STORY_WORDS),
     "gsm8k": Task(
         question=lambda ex: ex["question"], form="the number", row=partial(text_row, "question"),
-        gold=lambda ex: ex["answer"].rsplit("####")[-1].strip(), grade=gsm8k_grade,
-        parts=tag_parts, weights={"think": 0.5, "answer": 0.5, "correct": 3},
+        gold=gsm8k_gold, grade=gsm8k_grade, parts=tag_parts,
+        weights={"think": 0.5, "answer": 0.5, "correct": 3},
         answer=lambda text: last_number(find_answer(text)[0]),
         hub={split: ("openai/gsm8k", "main", split) for split in ("train", "test")}),
     "math": Task(

@@ -54,10 +54,12 @@ def denoising_loss(policy, prompt, prompt_mask, tokens, is_masked, weight) -> Te
     loss = torch.nn.functional.cross_entropy(logits, tokens[is_masked], reduction="none")
     return (loss * weight[is_masked]).sum() / tokens.numel()
 
-def sft_loss(policy, prompt, prompt_mask, tokens, g) -> Tensor:
-    """Eq. 8 with noise drawn from g."""
-    drawn = noise(tokens, getattr(policy, "block", 0), prompt_mask, g)
-    drawn = (x.to(tokens.device) for x in drawn)
+def sft_loss(policy, prompt, prompt_mask, tokens, g, even=False) -> Tensor:
+    """Eq. 8 with noise drawn from g; `even`: with weight 2 in place of 1/t, which has the same
+    optimum and less noise."""
+    is_masked, weight = noise(tokens, getattr(policy, "block", 0), prompt_mask, g)
+    weight = torch.full_like(weight, 2.0) if even else weight
+    drawn = (x.to(tokens.device) for x in (is_masked, weight))
     return denoising_loss(policy, prompt, prompt_mask, tokens, *drawn)
 
 def train_base(policy, tokenizer, cfg):
@@ -69,9 +71,10 @@ def train_base(policy, tokenizer, cfg):
     ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare")
                                                   for ex in examples])
     rng = random.Random(cfg.seed)
-    need(not (ids == tokenizer.unk_token_id).any(), f"task {cfg.task}: the tiny model knows "
-         "printable ASCII alone, a question holds something else")
-    texts = zip(*[(task.gold(ex), task.lazy(ex, rng)) for ex in examples])
+    need(not (ids == tokenizer.unk_token_id).any(), f"task {cfg.task}: a question holds what the "
+         "tiny model has no token for; it knows " + ("the task's words" if task.words else
+                                                     "printable ASCII"))
+    texts = zip(*[(gold_completion(cfg.task, ex, "bare"), task.lazy(ex, rng)) for ex in examples])
     answers = torch.stack([encode_answers(tokenizer, kind, cfg.completion_length, policy)
                            for kind in texts])                 # 0 right, 1 lazy
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95),
@@ -83,9 +86,10 @@ def train_base(policy, tokenizer, cfg):
     progress = tqdm(range(cfg.base_steps), "base model", unit="step", mininterval=1, disable=None)
     for step in progress:
         index = torch.randint(len(examples), (cfg.base_batch,), generator=g)
-        lazy = (torch.rand(cfg.base_batch, generator=g) < cfg.base_lazy).long()
+        share = cfg.base_lazy * (step >= cfg.base_lazy_from * cfg.base_steps)
+        lazy = (torch.rand(cfg.base_batch, generator=g) < share).long()
         rows = ids[index], prompt_mask[index], answers[lazy, index]
-        loss = sft_loss(policy, *(x.to(device) for x in rows), g)
+        loss = sft_loss(policy, *(x.to(device) for x in rows), g, cfg.base_even == "on")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()

@@ -167,7 +167,7 @@ def before_flags(given: dict, published: dict) -> dict:
     task = given.get("task", known or "sudoku")                # a trained model's own
     need(task in TASKS, f"--model {model}: no task is called {task!r} here; a task of your own is "
          "known where its file is run")
-    need(model or TASKS[task].speaks_tiny or TASKS[task].hub,
+    need(model or TASKS[task].generate or TASKS[task].hub,
          f"--task {task} needs --model DIR: for the tiny model it has no generate and lazy")
     model = model or ("tiny" if TASKS[task].speaks_tiny else default_model(device))
     kind = made_here(model)

@@ -19,8 +19,9 @@ MODELS = {                             # --model: name on the hub, and what its 
 LLADA, SMALLEST = (MODELS[name][0] for name in ("llada-8b", "qwen3-0.6b-bd3lm"))
 
 TASK_SHAPES = {                        # what a task needs otherwise; flags win over all of these
-    "countdown": {"completion_length": 12, "block_length": 12, "steps": 6, "eval_steps": "12,6,3",
-                  "max_steps": 150, "lr": 1e-3, "base_batch": 48}}
+    "story": {"completion_length": 16, "block_length": 8, "steps": 8, "max_steps": 150, "lr": 2e-4,
+              "base_steps": 3600, "base_batch": 24, "base_lazy": 0.65, "base_lazy_from": 0.78,
+              "base_theta": 16.0, "base_even": "on"}}
 CHECKPOINT = {                         # of all but tiny models: AGRPO's (arXiv 2510.04019) ...
     "completions": 8, "temperature": 0.6, "top_k": 150, "top_p": 0.99, "lora_rank": 64,
     "eval_length": 256, "eval_block_length": 32, "eval_steps": "128",

@@ -1,4 +1,4 @@
-"""The makers of 4x4 Sudokus and Countdowns, and the split that an example belongs to."""
+"""The makers of Sudokus, Countdowns and stories, and the split that an example belongs to."""
 import hashlib
 import itertools
 import operator
@@ -63,7 +63,8 @@ def countdown_solve(nums: list, target: int) -> str | None:
             return "".join(f"{term:+}" for term in terms).removeprefix("+")
     failed = set()                                             # numbers that do not make the target
 
-    def search(pool):                                      # merges any two until one is left
+    def search(pool):
+        """Merges any two of [(text, value)] until one is left -> its text, or None."""
         if len(pool) == 1:
             return pool[0][0] if pool[0][1] == target else None
         if (numbers := tuple(sorted(x for _, x in pool))) in failed:
@@ -90,3 +91,43 @@ def countdown_generate(n: int, seed: int, split: str) -> list[dict]:
         if 1 <= target <= 100 and in_split((*sorted(nums.tolist()), target), split):
             found.setdefault((*nums.tolist(), target))
     return [{"nums": nums, "target": target} for *nums, target in found]
+
+NAMES, THINGS = "Ann Ben Eva Max Tom Zoe".split(), "cups eggs keys nuts pens toys".split()
+GAINS, LOSSES = "buys finds gets makes wins".split(), "breaks drops loses sells uses".split()
+STORY_WORDS = (*NAMES, *THINGS, *GAINS, *LOSSES, "has", *map(str, range(40)), *"+-=,.",
+               "<answer>", "</answer>")
+
+def chain(numbers: list[int]) -> str:
+    """A first number and what is added to it, one after the other, with each result.
+    >>> chain([27, 5, -3])
+    '27+5=32-3=29'"""
+    totals = itertools.accumulate(numbers)
+    return f"{next(totals)}" + "".join(f"{n:+}={total}" for n, total in zip(numbers[1:], totals))
+
+def story_answer(steps: str) -> str:
+    """A chain with its last result in answer tags.
+    >>> story_answer("27+5=32-3=29")
+    '27+5=32-3=<answer>29</answer>'"""
+    steps, _, answer = steps.rpartition("=")
+    return f"{steps}=<answer>{answer}</answer>"
+
+def story_generate(n: int, seed: int, split: str) -> list[dict]:
+    """`n` different stories of one to three operations, all results between 10 and 39. A sequence
+    of numbers and operations is in one split only."""
+    rng, found = np.random.default_rng([seed, split == "test"]), {}
+    while len(found) < n:
+        changes = rng.integers(2, 6, rng.integers(1, 4))
+        changes *= rng.choice([-1, 1], len(changes), p=[0.7, 0.3])
+        numbers = [int(rng.integers(11, 38)), *changes.tolist()]
+        kinds = (NAMES, THINGS, *(GAINS if change > 0 else LOSSES for change in changes))
+        name, thing, *verbs = (str(rng.choice(words)) for words in kinds)
+        events = "".join(f", {verb} {abs(n)}" for verb, n in zip(verbs, numbers[1:]))
+        answer = f"{chain(numbers)}\n#### {sum(numbers)}"
+        if (min(itertools.accumulate(numbers)) >= 10 and sum(map(abs, numbers)) < 40
+                and in_split(answer, split)):
+            found.setdefault(f"{name} has {numbers[0]} {thing}{events}.", answer)
+    return [{"question": story, "answer": answer} for story, answer in found.items()]
+
+def story_lazy(example: dict, rng: random.Random) -> str:
+    """A chain that adds all numbers up, whatever the story says."""
+    return story_answer(chain([*map(int, re.findall("[0-9]+", example["question"]))]))

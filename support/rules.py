@@ -20,6 +20,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"), "position_term": ("on", "off"),
     "order_score": ("max_prob", "neg_entropy"), "compile": ("off", "on"),
     "value_model": ("off", "on"), "gradient_checkpointing": ("auto", "on", "off"),
+    "base_even": ("off", "on"),
     "cache": ("none", "prefix", "dual", "block"), "importance_level": ("completion", "step"),
     "kl_reference": ("base", "old"), "controller": ("off", *CONTROLLED),
     "controller_training": ("joint", "alone"),
@@ -52,8 +53,8 @@ GOES_WITH = (                          # settings, and what they act with only
      "RL, not with --sft", lambda c: not c.sft),
     ("system_prompt", "--prompt agrpo or d1"),
     ("template_args", "a chat template, not with --model tiny", lambda c: c.model not in TINY),
-    ("base_steps base_batch base_lr base_lazy base_hidden base_layers",
-     "--model tiny or tiny-block"),
+    ("base_steps base_batch base_lr base_lazy base_lazy_from base_hidden base_layers base_theta "
+     "base_even", "--model tiny or tiny-block"),
     ("train_examples", "generated examples, not with --data",
      lambda c: c.model in TINY or TASKS[c.task].generate and not c.data),
     ("preset", "its own --method: leave that out",
@@ -111,7 +112,7 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          f"{cfg.decay_steps}")
     need(not {"mc_steps"} & set(given) or cfg.mc_steps <= cfg.steps,
          f"--mc-steps {cfg.mc_steps}: there are {cfg.steps} steps; --method exact takes all")
-    for name in ("threshold", "base_lazy", "gamma", "lam"):
+    for name in ("threshold", "base_lazy", "base_lazy_from", "gamma", "lam"):
         need(getattr(cfg, name) <= 1, f"{flag(name)} must be at most 1")
     for name in ("overlong_from", "prompt_masking"):
         need(getattr(cfg, name) < 1, f"{flag(name)} must be below 1")

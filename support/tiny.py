@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import torch
 
-from rewards import TASKS, prompt_for
+from rewards import TASKS, gold_completion, prompt_for
 from support.data import load_examples
 from support.files import refusing
 from support.saving import save_model
@@ -20,19 +21,26 @@ class Settings:
     base_steps: int = 1600             # steps of supervised fine-tuning
     base_batch: int = 32               # rows per step
     base_lr: float = 3e-3              # up for a tenth of the steps, then down to zero
-    base_lazy: float = 0.6             # share of the corpus whose answers follow the lazy rule
+    base_lazy: float = 0.6             # share of the corpus whose answers follow the lazy rule ...
+    base_lazy_from: float = 0.0        # ... after this share of the steps; before, all are right
     base_hidden: int = 64              # width; heads of 16
     base_layers: int = 4               # of the Llama
+    base_even: str = "off"             # on: every masked token counts the same, not 1/t (Eq. 8)
+    base_theta: float = 4.0            # of its rotary positions: fast ones, for a context of 40
 
-def tiny_tokenizer():
-    """One token a character (printable ASCII), with a chat template, as every other checkpoint."""
+def tiny_tokenizer(words=()):
+    """One token a character (printable ASCII), or one for each of `words`, between which spaces are
+    left out. With a chat template, as every other checkpoint."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     special = ["<pad>", "<unk>", "<eos>", "<mask>", "<|user|>", "<|assistant|>"]
-    characters = [chr(c) for c in [10, *range(32, 127)]]
-    vocab = {token: i for i, token in enumerate(special + characters)}
+    known = [*words] or [chr(c) for c in [10, *range(32, 127)]]
+    vocab = {token: i for i, token in enumerate(special + known)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    longest = "".join(f"{re.escape(word)}|" for word in sorted(words, key=len, reverse=True))
+    one = pre_tokenizers.Split(Regex(longest + r"[\s\S]"), behavior="isolated")
+    space = pre_tokenizers.Split(" ", behavior="removed")
+    core.pre_tokenizer = pre_tokenizers.Sequence([space, one]) if words else one
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
@@ -48,13 +56,14 @@ def tiny_model(tokenizer, cfg, block: int = 0):
     """A stock Llama that attends in both directions, or to blocks of so many tokens and those
     before them, randomly initialised from the seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    tied = bool(TASKS[cfg.task].words)         # one table for input and output: words are copied
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=cfg.base_hidden,
         intermediate_size=4 * cfg.base_hidden, num_hidden_layers=cfg.base_layers,
         num_attention_heads=cfg.base_hidden // 16, initializer_range=0.06,
-        rope_parameters={"rope_type": "default", "rope_theta": 4.0},   # a context of 40, not 4000:
-        max_position_embeddings=256,           # a slow rotation cannot tell neighbours apart
-        tie_word_embeddings=False, use_cache=False, is_causal=False, pad_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.base_theta},
+        max_position_embeddings=256,           # (a slow rotation cannot tell neighbours apart)
+        tie_word_embeddings=tied, use_cache=False, is_causal=False, pad_token_id=None,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         mask_token_id=tokenizer.mask_token_id, **({"block_size": block} if block else {}))
     with torch.random.fork_rng(devices=[]):    # initialisation draws from the global generator
@@ -65,11 +74,11 @@ def base_folder(cfg, block: int, make, rebuild: bool = False) -> str:
     """Directory of the tiny base model, trained on the first call and kept under $AGRPO_CACHE
     (~/.cache/agrpo). make(tokenizer) -> a trained model. Raises BadInput."""
     task, some = TASKS[cfg.task], load_examples(cfg.task, 16, cfg.seed, "train")
-    corpus = [(prompt_for(cfg.task, ex, "bare"), task.gold(ex), task.lazy(ex, random.Random(0)))
-              for ex in some]                                  # a task edited is another
+    corpus = [(prompt_for(cfg.task, ex, "bare"), gold_completion(cfg.task, ex, "bare"),
+               task.lazy(ex, random.Random(0))) for ex in some]        # a task edited is another
     knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith("base_")
              or k in ("task", "seed", "completion_length", "train_examples")}
-    knobs |= {"block": block, "corpus": corpus}
+    knobs |= {"block": block, "corpus": corpus, "words": task.words}
     key = hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("AGRPO_CACHE") or "~/.cache/agrpo").expanduser()
     path = cache / f"{cfg.model}-{cfg.task}-{key}"
@@ -77,7 +86,7 @@ def base_folder(cfg, block: int, make, rebuild: bool = False) -> str:
         return str(path)
     with refusing(f"cannot keep the base model in {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(task.words)
     model = make(tokenizer)
     if rebuild or not path.exists():                           # another may have been faster
         save_model(path, model, tokenizer, dataclasses.asdict(cfg), None, "")

@@ -1101,7 +1101,7 @@ BAD = [
     ("--method diffpo --mc-steps 2", "--method agrpo"),
     ("--method diffpo --preset official", "its own --method"),
     ("--model tiny-block --block-length 8", "blocks of 4"),
-    ("--model tiny-block --task gsm8k", "sudoku and countdown"),
+    ("--model tiny-block --task gsm8k", "sudoku and story"),
     ("--model tiny-block --eval-steps 16", "20, 10, 5"),
     ("--sft gold --value-model on --method tracerl", "--sft"), ("--sft .", "--sft"),
     ("--sft nowhere.jsonl", "--sft"), ("--sft bad.jsonl", "bad.jsonl:2"),
@@ -1243,7 +1243,7 @@ def test_sft_then_rl_in_two_commands(here, capsys):
     assert go("--model", "runs/s", "--name", "r") == 0         # sizes of the model it began with
     assert Path("runs/r/model/config.json").is_file()
     assert read("runs/r/config.json")["prompt"] == "bare"
-    here, tiny_one = (settle({"task": "countdown", "model": m}) for m in ("runs/r", "tiny"))
+    here, tiny_one = (settle({"task": "story", "model": m}) for m in ("runs/r", "tiny"))
     assert dataclasses.replace(here, model="tiny") == tiny_one
     assert go("--model", "runs/r", "--lora-rank", "4", "--name", "a") == 0
     assert go("--model", "runs/a", "--name", "b") == 0

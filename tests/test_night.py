@@ -131,7 +131,7 @@ def test_the_justgrpo_preset_scores_every_step_of_a_left_to_right_rollout(
 
 
 @pytest.mark.parametrize("flags, steps", [
-    ("", 16), ("--steps 4", 4), ("--model tiny-block", 20), ("--task countdown", 12)])
+    ("", 16), ("--steps 4", 4), ("--model tiny-block", 20), ("--task story", 16)])
 def test_left_to_right_takes_a_token_a_step_unless_told(here, flags, steps):
     assert evaluation.parse(["--unmasking", "left_to_right", *flags.split()])[0].steps == steps
 

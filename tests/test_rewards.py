@@ -32,11 +32,13 @@ needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data
 EXAMPLES = {
     "sudoku": {"puzzle": "3102200002100320", "solution": "3142243142131324"},
     "countdown": {"nums": [3, 4, 2], "target": 14},
+    "story": {"question": "Ann has 70 cups, buys 2.", "answer": "70+2=72\n#### 72"},
     "gsm8k": {"question": "How many are 70 and 2?", "answer": "70 + 2 = 72\n#### 72"},
     "math": {"problem": "x?", "answer": "\\frac{1}{2}"},
 }
 RIGHT = {
-    "sudoku": "3142243142131324", "countdown": "(3+4)*2", "gsm8k": "72", "math": "\\frac{1}{2}"}
+    "sudoku": "3142243142131324", "countdown": "(3+4)*2", "story": "72", "gsm8k": "72",
+    "math": "\\frac{1}{2}"}
 STYLES = (
     "<think>\n{r}\n</think>\n<answer>\n\\boxed{{{a}}}\n</answer>",
     "\n{r}\n</reasoning>\n<answer>\n\\boxed{{{a}}}\n</answer><|eot_id|>")
@@ -69,7 +71,7 @@ def test_right_answers_in_every_form_they_come_in(task):
             f"<answer>\\fbox{{{a}}}</answer>", f"<answer>\\boxed{{\\boxed{{{a}}}}}</answer>"):
         assert grade(task, text, ex) == 1, text
         assert grade(task, text.replace(a, {"math": "3"}.get(task, "8" + a[1:])), ex) < 1
-    assert reward(task, f"<think>\n</think><answer>{a}</answer>", ex) == 4
+    assert reward(task, f"<think>\n70+2=72</think><answer>{a}</answer>", ex) == 4
 
 
 WRITTEN = {    # gold -> how a right answer is written, what looks like one and is wrong
@@ -253,6 +255,9 @@ TRICKS = {
         "3*4+2.0", "34-20", "9**9**9", "-" * 150, "3/0", "__import__('os')", "(" * 100 + "3",
         "(" * 200, "exit()", "Numbers: [3, 4, 2] Target: 14", "3, 4, 2, 14", "(3+4)*2, (3-4)*2",
         "(3+4)*2=99"],
+    "story": [
+        "0 1 2 3 4 5 6 7 8 9", " ".join(map(str, range(100))), "70+2", "70+2=", "Ann", "exit()",
+        "70, 2", "72 or 73", "70+2=72=73", "7 2"],
     "gsm8k": [
         "0 1 2 3 4 5 6 7 8 9", "".join(map(str, range(100))), " ".join(map(str, range(100))),
         "720", "7 2", "-72", "7.2", "exit()", "\\boxed{}", "How many are 70 and 2?", "72 or 73",
@@ -558,7 +563,8 @@ def test_a_prompt_states_the_problem_and_asks_for_what_is_graded(task, style):
     assert rewards.prompt_for(task, ex, style, "Do it.") == (f"Do it.\n\n{statement}", begin)
     tag = "think" if style == "agrpo" else "reasoning"
     opened = "" if begin else f"<{tag}>"
-    text = f"{opened} so </{tag}><answer>\\boxed{{{RIGHT[task]}}}</answer>"
+    thought = "70+2=72" if task == "story" else "so"
+    text = f"{opened} {thought} </{tag}><answer>\\boxed{{{RIGHT[task]}}}</answer>"
     assert reward(task, text, ex) == 4                     # what it asks for earns all
 
 

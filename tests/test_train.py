@@ -19,8 +19,8 @@ from checkpoints import write_checkpoint
 import agrpo
 import eval as evaluation
 from methods import models, sft
-from rewards import TASKS, BadInput, grade, reward_parts, try_task
-from support import checkpoints, files, options, rules, runs
+from rewards import TASKS, BadInput, gold_completion, grade, reward_parts, try_task
+from support import checkpoints, files, options, puzzles, rules, runs
 from support import tiny as tiny_models
 from support.data import load_split
 from tools import Settings, exact_loss, load, train_step
@@ -266,8 +266,8 @@ def same_state(a, b):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], pytest.param(["--task", "countdown", "--unmasking", "random", "--eval-steps",
-                                "6,3"], marks=pytest.mark.whole)], ids=["sudoku", "countdown"])
+    "extra", [[], pytest.param(["--task", "story", "--unmasking", "random", "--eval-steps",
+                                "8,4"], marks=pytest.mark.whole)], ids=["sudoku", "story"])
 def test_two_steps_resume_two_steps_equal_four_to_the_bit(here, quick, extra):
     assert agrpo.main([*quick, *extra, "--name", "four", "--max-steps", "4"]) == 0
     assert agrpo.main([*quick, *extra, "--name", "halves", "--max-steps", "2"]) == 0
@@ -457,7 +457,7 @@ BAD = [(["--preset", "best"], "best"), (["--decay-steps", "50"], "--decay-steps"
        (["--order-score", "luck"], "luck"),
        (["--unmasking", "threshold", "--threshold", "1.5"], "threshold"),
        (["--completion-length", "256", "--block-length", "256", "--eval-steps", "8"], "256"),
-       (["--task", "countdown", "--train-examples", "500000"], "train-examples"),
+       (["--task", "story", "--train-examples", "500000"], "train-examples"),
        (["--entropy-bound", "-1"], "entropy-bound"),
        (["--unmasking", "plackett_luce", "--tau-pos", "0"], "tau-pos"),
        (["--task", "chess"], "chess"), (["--model", "nowhere"], "nowhere"),
@@ -472,7 +472,7 @@ BAD = [(["--preset", "best"], "best"), (["--decay-steps", "50"], "--decay-steps"
        (["--resume"], "resume"), (["--data", "missing.csv"], "missing.csv"),
        (["--data", "bad.csv"], "bad.csv:3"), (["--data", "columns.csv"], "columns.csv:2"),
        (["--data", "empty.csv"], "empty.csv"),
-       (["--task", "countdown", "--data", "bad.jsonl"], "bad.jsonl:2"),
+       (["--task", "story", "--data", "bad.jsonl"], "bad.jsonl:2"),
        (["--task", "gsm8k", "--model", "llama", "--data", "good.jsonl"], "mask_token_id"),
        (["--name", "../up"], "name"), (["--name", "..", "--overwrite"], "name"),
        (["--seed", "9" * 30], "seed"), (["--max-steps", "9" * 500], "max-steps"),
@@ -499,7 +499,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(here, flags, word
     Path("columns.csv").write_text("Question,Answer\n1,2\n")
     Path("invalid.csv").write_text("Puzzle,Solution\n3102200002100320,1111111111111111\n")
     Path("empty.csv").write_text("Puzzle,Solution\n")
-    Path("bad.jsonl").write_text('{"input": "30,100,93", "output": "23"}\n{"input": "30,100\n')
+    Path("bad.jsonl").write_text('{"question": "a", "answer": "#### 7"}\n{"question": "a\n')
     Path("good.jsonl").write_text(
         "".join(f'{{"question": "{i}+1?", "answer": "#### {i + 1}"}}\n' for i in range(40)))
     Path("llama").mkdir()
@@ -537,15 +537,16 @@ assert {"dipo", "diffpo"} <= set(agrpo.METHODS) and "sobol" in agrpo.TIMESTEPS
 
 
 def test_a_run_does_not_go_on_with_other_examples(here, quick, capsys):
-    flags = [*quick, "--task", "countdown", "--data", "nums.jsonl", "--name", "a"]
+    flags = [*quick, "--task", "story", "--data", "stories.jsonl", "--name", "a"]
     del flags[flags.index("--train-examples"):flags.index("--train-examples") + 2]
-    lines = [f'{{"nums": [{i}, 2, 3], "target": {i + 5}}}\n' for i in range(40)]
-    Path("nums.jsonl").write_text("".join(lines))
+    lines = [json.dumps(ex) + "\n" for ex in TASKS["story"].generate(40, 0, "train")]
+    lines += [json.dumps(ex) + "\n" for ex in TASKS["story"].generate(10, 0, "test")]
+    Path("stories.jsonl").write_text("".join(lines))
     assert agrpo.main([*flags, "--max-steps", "1"]) == 0
-    Path("nums.jsonl").write_text("".join(lines[:30]))
+    Path("stories.jsonl").write_text("".join(lines[10:]))
     assert agrpo.main([*flags, "--max-steps", "2", "--resume"]) == 2
     assert "was run with examples=" in capsys.readouterr().err
-    Path("nums.jsonl").write_text("".join(lines))
+    Path("stories.jsonl").write_text("".join(lines))
     Path("runs/a").rename("runs/b")                            # a folder may be called anything
     assert agrpo.main([*flags, "--max-steps", "2", "--resume", "--name", "b"]) == 0
 
@@ -735,14 +736,14 @@ def test_a_folder_with_another_configuration_is_refused(here, quick, capsys):
     before = {p: p.stat().st_mtime_ns for p in Path("runs/x").rglob("*")}
     for flags, word in ((["--name", "x"], "--resume"),
                         (["--name", "x", "--resume", "--lr", "0.5"], "lr=0.5"),
-                        (["--name", "x", "--resume", "--task", "countdown"], "task")):
+                        (["--name", "x", "--resume", "--task", "story"], "task")):
         capsys.readouterr()
         assert agrpo.main(flags) == 2 and word in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in Path("runs/x").rglob("*")} == before
 
 
 def test_train_and_held_out_examples_share_no_statement():
-    for task in ("sudoku", "countdown"):
+    for task in ("sudoku", "countdown", "story"):
         for seed in range(2):
             train = {TASKS[task].key(ex) for ex in TASKS[task].generate(400, seed, "train")}
             test = {TASKS[task].key(ex) for ex in TASKS[task].generate(200, 0, "test")}
@@ -752,10 +753,62 @@ def test_train_and_held_out_examples_share_no_statement():
 def test_gold_answers_are_right_and_lazy_ones_mostly_wrong():
     import random
 
-    for task in ("sudoku", "countdown"):
+    for task, most in (("sudoku", 0.15), ("story", 0.25)):
         data, rng = TASKS[task].generate(200, 5, "train"), random.Random(0)
-        assert all(grade(task, TASKS[task].gold(ex), ex) == 1 for ex in data)
-        assert np.mean([grade(task, TASKS[task].lazy(ex, rng), ex) == 1 for ex in data]) < 0.15
+        assert all(grade(task, gold_completion(task, ex, "bare"), ex) == 1 for ex in data)
+        assert np.mean([grade(task, TASKS[task].lazy(ex, rng), ex) == 1 for ex in data]) < most
+
+
+def test_stories_and_their_chains_are_what_they_say():
+    """Every story read again with its own words: numbers, verbs, chain; nothing left out."""
+    lengths = {1: 0, 2: 0, 3: 0}
+    for ex in TASKS["story"].generate(500, 3, "test"):
+        chain, answer = ex["answer"].split("\n#### ")
+        head, *events = ex["question"].removesuffix(".").split(", ")
+        total, steps = int(head.split()[2]), head.split()[2]
+        for verb, n in map(str.split, events):
+            total += int(n) if verb in puzzles.GAINS else -int(n)
+            steps += f"{'+' if verb in puzzles.GAINS else '-'}{n}={total}"
+            assert 10 <= total < 40 and (verb in puzzles.GAINS) != (verb in puzzles.LOSSES)
+        assert (steps, str(total)) == (chain, answer)
+        lengths[len(events)] += 1
+        wrong = ex | {"answer": f"#### {total + 1}"}
+        assert grade("story", gold_completion("story", ex, "bare"), wrong) == 0
+    assert min(lengths.values()) > 100
+
+
+def test_a_task_may_name_its_words():
+    words = TASKS["story"].words
+    tokenizer = tiny_models.tiny_tokenizer(words)
+    assert len(tokenizer) == 6 + len(words) == 6 + len(set(words))
+    for ex in TASKS["story"].generate(100, 0, "train"):
+        for text in (ex["question"], gold_completion("story", ex, "bare"),
+                     TASKS["story"].lazy(ex, None)):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert tokenizer.unk_token_id not in ids and len(ids) <= 16
+            assert tokenizer.decode(ids) == text.replace(" ", "")
+    assert len(tokenizer("27+5=32-3=<answer>29</answer>")["input_ids"]) == 11     # one a number
+    assert tokenizer.unk_token_id in tokenizer("Ann has 270 pens!")["input_ids"]
+    longest = tiny_models.tiny_tokenizer(("a", "ab", "b"))
+    assert longest.convert_ids_to_tokens(longest("abb a b")["input_ids"]) == ["ab", "b", "a", "b"]
+
+
+def test_lazy_answers_begin_after_their_share_of_the_steps(monkeypatch):
+    """What the base model is shown: right answers alone, then lazy ones."""
+    story, seen = dataclasses.replace(TASKS["story"], lazy=lambda ex, rng: "Ann"), []
+    monkeypatch.setitem(TASKS, "story", story)
+    tokenizer = tiny_models.tiny_tokenizer(story.words)
+
+    def loss(policy, prompt, prompt_mask, tokens, g, even):
+        seen.append((even, float((tokens[:, 0] == tokenizer.vocab["Ann"]).double().mean())))
+        return next(policy.parameters()).sum() * 0
+    monkeypatch.setattr(sft, "sft_loss", loss)
+    cfg = models.settle({"task": "story", "base_steps": 20, "base_lazy_from": 0.5, "base_lazy": 1.0,
+                         "base_hidden": 16, "base_layers": 1, "train_examples": 16})
+    net = tiny_models.tiny_model(tokenizer, cfg)
+    sft.train_base(agrpo.Policy(net, tokenizer.mask_token_id, tokenizer.eos_token_id), tokenizer,
+                   cfg)
+    assert seen == [(True, 0.0)] * 10 + [(True, 1.0)] * 10
 
 
 def test_what_is_not_a_run_is_neither_resumed_nor_overwritten(here, quick, capsys):

@@ -2,7 +2,8 @@
 
     python tests/measure/collect.py runs/NAME ... runs/eval-*.json
 
-The .json files are results of eval.py. Writes assets/; then run tests/measure/tables.py.
+The .json files are results of eval.py. Writes assets/; then run tests/measure/tables.py. Rows of
+other tasks, and other evaluations, stay as they are.
 """
 
 import csv
@@ -16,6 +17,13 @@ from support import figures, runs as run_folder  # noqa: E402
 import tables  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
+
+
+def others(name: str, columns: list, new: list[dict]) -> list[dict]:
+    """The rows that a file has of what `new` does not measure again; `columns` tell them apart."""
+    with open(ASSETS / name, newline="") as f:
+        made = {tuple(str(row[c]) for c in columns) for row in new}
+        return [row for row in csv.DictReader(f) if tuple(row[c] for c in columns) not in made]
 
 
 def evaluations(paths):
@@ -52,18 +60,14 @@ def evaluations(paths):
                     "never_n": known["held_out"].get("n", ""),
                 }
             )
+    rows = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    rows += others(
+        "evaluations.csv", ["task", "model", "seed", "data", "unmasking", "steps", "k"], rows
+    )
     with tables.writing(ASSETS / "evaluations.csv") as f:
         out = csv.DictWriter(f, rows[0], lineterminator="\n")
         out.writeheader()
-        out.writerows(
-            sorted(
-                (
-                    {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                    for row in rows
-                ),
-                key=lambda row: [str(v) for v in row.values()],
-            )
-        )
+        out.writerows(sorted(rows, key=lambda row: [str(v) for v in row.values()]))
 
 
 def main(arguments):
@@ -86,9 +90,11 @@ def main(arguments):
         "eval_seconds",
         "peak_memory_mb",
     ]
+    kept = others("results.csv", ["task"], [s for _, s in found])
     with tables.writing(ASSETS / "results.csv") as f:
         out = csv.writer(f, lineterminator="\n")
         out.writerow(fields)
+        out.writerows(row.values() for row in kept)
         for _, s in found:
             for point in s["by_steps"]:
                 out.writerow(

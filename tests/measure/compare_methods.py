@@ -45,7 +45,7 @@ def pace(steps: int = 5):
 
     torch.set_num_threads(1)
     rows = []
-    for task in ("sudoku", "countdown"):
+    for task in ("sudoku", "story"):
         for model in options.TINY:
             for method in COLOUR:
                 if method == "dipo" and model == "tiny":

@@ -16,6 +16,7 @@ GENERATIONS = ROOT.parent / "shared" / "data" / "llada_generations"
 FILES = {"gsm8k": "gsm8k_128", "math": "math500_128", "countdown": "countdown_128",
          "sudoku": "sudoku_128"}
 IMPOSSIBLE = {
+    "story": [{"question": "", "answer": "1+1=2\n#### 918273645"}],
     "gsm8k": [{"question": "", "answer": "#### 918273645.1928"}],
     "math": [{"problem": "", "answer": answer}
              for answer in ("\\frac{918273}{645281}", "\\sqrt{918273}", "(918273, 645281)")],
@@ -40,7 +41,7 @@ PIECES = [
 
 def texts_of(task: str) -> list[str]:
     """Real completions where the data are there, else some made up."""
-    path = GENERATIONS / f"{FILES[task]}.jsonl"
+    path = GENERATIONS / f"{FILES.get(task, 'gsm8k_128')}.jsonl"
     if not path.is_file():
         return [f"<think>{p}</think><answer>\\boxed{{{q}}}</answer>"
                 for p in PIECES[::3] for q in PIECES[::5]]

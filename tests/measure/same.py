@@ -26,7 +26,7 @@ RUNS = {
     "official": [*TINY, "--preset", "official"],
     "blocks": [*TINY, "--unmasking", "low_confidence", "--block-length", "4", "--top-k", "5",
                "--top-p", "0.9", "--inner-epochs", "2", "--mc-steps", "2"],
-    "exact": [*TINY, "--method", "exact", "--task", "countdown"],
+    "exact": [*TINY, "--method", "exact", "--task", "story"],
     "diffu-grpo": [*TINY, "--method", "diffu-grpo", "--inner-epochs", "2"],
     "diffpo": [*TINY, "--method", "diffpo", "--controller", "threshold", "--inner-epochs", "2"],
     "tracerl": [*TINY, "--method", "tracerl", "--value-model", "on", "--inner-epochs", "2"],

@@ -122,7 +122,7 @@ def results() -> str:
     return markdown(
         [
             "task",
-            "base, % in NFE",
+            "base, % in steps",
             "trained",
             "at half of the steps",
             "at a quarter",
@@ -156,6 +156,91 @@ def seeds() -> str:
     return markdown(
         ["task", "seed", "base, %", "trained, %", "gain", "seconds", "memory, MB"], lines
     )
+
+
+def mistakes() -> str:
+    """Shares of what the models of all seeds wrote, base -> trained."""
+    rows, lines = read("mistakes.csv"), []
+    total = {key: sum(r["n"] for r in own) for key, own in groups(
+        rows, "model", "operations").items()}
+    for (what,), own in groups(rows, "kind").items():
+        cells = []
+        for operations in ((1, 2, 3), (1,), (2,), (3,)):
+            shares = []
+            for who in ("base", "trained"):
+                n = sum(r["n"] for r in own if r["model"] == who and r["operations"] in operations)
+                shares.append(100 * n / sum(total[who, k] for k in operations))
+            cells.append(f"{shares[0]:.1f} -> {shares[1]:.1f}")
+        lines.append([what, *cells])
+    header = ["%", "all", *(f"{n} operation{'s' * (n > 1)}" for n in (1, 2, 3))]
+    return markdown(header, lines)
+
+
+NOISE = {  # of noise.csv, and what it is called in the table
+    "solved": "solved, of what is sampled, %",
+    "entropy": "entropy of the law, nats a token",
+    "batch": "noise of the exact gradient: another batch",
+    "batch, tokens only": "the same, tokens only",
+    "batch_gradient K 1": "added by drawing 1 step a completion (`batch_gradient`)",
+    "batch_gradient K 2": "... 2 steps",
+    "batch_gradient K 4": "... 4 steps",
+    "iid K 1": "added by even, independent draws (`iid`), 1 step",
+    "low_discrepancy K 1": "added by the published rule, 1 step",
+    "low_discrepancy K 4": "... 4 steps",
+    "largest state": "largest share of one drawn state, %",
+    "largest completion": "largest share of one completion, %",
+    "position term": "share of the position term, %",
+    "tokens at the end": "of the tokens' part: at the end of the text, %",
+    "positions at the end": "of the positions' part: at the end of the text, %",
+    "moved, mean": "log-probability of a token moved by one update: mean",
+    "moved, 99 %": "... 99th percentile",
+    "moved, largest": "... largest",
+}
+
+
+def noise() -> str:
+    """A column for each step of training that was looked at, mean of the seeds."""
+    rows = [r for r in read("noise.csv") if not r["flags"]]
+    steps, lines = sorted({r["step"] for r in rows}), []
+    for what, words in NOISE.items():
+        cells = [
+            statistics.mean(r["value"] for r in rows if (r["what"], r["step"]) == (what, step))
+            for step in steps
+        ]
+        lines.append([words, *(f"{100 * x:.1f}" if "%" in words and "99" not in what
+                               else f"{x:.2g}" for x in cells)])
+    return markdown(["", *(f"before step {step + 1:.0f}" for step in steps)], lines)
+
+
+def compare() -> str:
+    """Each arm of compare.csv against the default, at the end of the time."""
+    rows, lines = read("compare.csv"), []
+    ends = {
+        (group, arm): {
+            seed: (own[-1], own[0]) for (seed,), own in groups(runs, "seed").items()
+        }
+        for (group, arm), runs in groups(rows, "group", "arm").items()
+    }
+    ours = ends["method", "agrpo"]
+    for (group, arm), seeds_of in ends.items():
+        shares = {seed: 100 * end["held_out"] for seed, (end, _) in seeds_of.items()}
+        against = ends.get((group, "agrpo, tiny-block"), ours)
+        less = [
+            f"{share - 100 * against[seed][0]['held_out']:+.1f}" for seed, share in shares.items()
+        ]
+        best = [
+            100 * max(r["held_out"] for r in own)
+            for _, own in groups([r for r in rows if r["arm"] == arm], "seed").items()
+        ]
+        fallen = max(b - s for b, s in zip(best, shares.values()))
+        lines.append([
+            group, f"`{arm}`", f"{statistics.mean(e['step'] for e, _ in seeds_of.values()):.0f}",
+            f"{statistics.mean(e['passes'] / e['step'] for e, _ in seeds_of.values()):.0f}",
+            spread(list(shares.values())), ", ".join(less), f"{fallen:.1f}",
+        ])
+    header = ["", "arm", "steps", "passes a step", "held out, %", "minus the first, by seed",
+              "most below its best point"]
+    return markdown(header, lines)
 
 
 def advantage() -> str:
@@ -645,6 +730,8 @@ TABLES = {
         seeds,
         advantage,
         fewer_steps,
+        mistakes,
+        noise,
         puzzles,
         adaptive,
         samples,

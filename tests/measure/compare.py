@@ -1,0 +1,125 @@
+"""What learns stories fastest: methods, samplers, time steps, and what else may matter.
+
+    python tests/measure/compare.py [GROUP ...]     three seeds; assets/compare.csv and compare.png
+
+Each run has the same processor time of rollout and update on one thread, from the same base model
+of its seed; all but what an arm names is the default. Held-out shares: 256 stories, greedy, low
+confidence, one token a step. A run whose rows are there is not made again. Prints the table.
+"""
+
+import csv
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch  # noqa: E402
+
+from support import figures  # noqa: E402
+import levers  # noqa: E402
+import tables  # noqa: E402
+
+PLACE = Path(__file__).resolve().parents[2] / "assets" / "compare.csv"
+BUDGET, POINTS, SEEDS = 60, 4, 3  # seconds of a run, points of its curve
+BLOCK = "--model tiny-block"
+ARMS = {  # group: {arm: flags}; NAME=NUMBER is a setting of the optimizer, not a flag
+    "method": {
+        "agrpo": "",
+        "exact": "--method exact",
+        "tracerl": "--method tracerl",
+        "diffpo": "--method diffpo",
+        "diffu-grpo": "--method diffu-grpo",
+    },
+    "method, blocks": {
+        "agrpo, tiny-block": BLOCK,
+        "dipo, tiny-block": f"{BLOCK} --method dipo",
+        "tracerl, tiny-block": f"{BLOCK} --method tracerl",
+    },
+    "sampler": {
+        "tokens only": "--position-term off",
+        "confidence": "--unmasking confidence",
+        "plackett_luce": "--unmasking plackett_luce",
+        "random": "--unmasking random",
+    },
+    "time steps": {
+        "K 2": "--mc-steps 2",
+        "K 4": "--mc-steps 4",
+        "iid": "--timesteps iid",
+        "low_discrepancy": "--timesteps low_discrepancy",
+        "published estimator": "--preset paper",
+    },
+    "rate": {
+        "lr 1e-4": "--lr 1e-4",
+        "lr 5e-4": "--lr 5e-4",
+        "lr 1e-3": "--lr 1e-3",
+        "lr 5e-4, beta2 0.999": "--lr 5e-4 beta2=0.999",
+        "lr 5e-4, K 4": "--lr 5e-4 --mc-steps 4",
+        "lr 5e-4, norm 0.3": "--lr 5e-4 --max-grad-norm 0.3",
+        "lr 5e-4, warm-up 30": "--lr 5e-4 --warmup 30",
+        "lr 5e-4, KL 0.01": "--lr 5e-4 --kl 0.01",
+    },
+    "advantage": {"mean": "--advantage mean", "std": "--advantage std"},
+    "batch": {
+        "16 x 8": "--completions 8",
+        "8 x 8": "--prompts 8 --completions 8",
+        "two inner epochs": "--inner-epochs 2",
+    },
+}
+COLOUR = dict(zip(ARMS, ("#0b62a4", "#2e8b57", "#d9822b", "#8e5a2b", "#777777", "#c0392b", "#555")))
+FIELDS = "group arm seed seconds step passes held_out".split()
+
+
+def draw(axis):
+    """A dot for each seed at the end of the time, a bar at their mean; groups by colour."""
+    y, places = 0.0, {}
+    for (group,), own in tables.groups(tables.read("compare.csv"), "group").items():
+        for (arm,), runs in tables.groups(own, "arm").items():
+            ends = [100 * seed[-1]["held_out"] for seed in tables.groups(runs, "seed").values()]
+            axis.plot(ends, [y] * len(ends), "o", color=COLOUR[group], alpha=0.5, ms=5, mew=0)
+            axis.plot([statistics.mean(ends)], [y], "|", color=COLOUR[group], ms=14, mew=2)
+            places[arm] = y
+            y -= 1
+        y -= 0.6
+    axis.set_yticks(list(places.values()), labels=list(places), fontsize=7)
+
+
+def known() -> list[dict]:
+    return list(csv.DictReader(open(PLACE))) if PLACE.is_file() else []
+
+
+def main(wanted: list):
+    torch.set_num_threads(1)
+    for seed in range(SEEDS):
+        for group, arms in ARMS.items():
+            for arm, flags in arms.items():
+                key = {"group": group, "arm": arm, "seed": str(seed)}
+                there = any(key.items() <= row.items() for row in known())
+                if there or wanted and group not in wanted:
+                    continue
+                words, clock = flags.split(), time.time()
+                optim = {"betas": (0.9, float(w[6:])) for w in words if w.startswith("beta2=")}
+                flags = " ".join(w for w in words if not w.startswith("beta2="))
+                new = levers.run("story", seed, flags, BUDGET, POINTS, **optim)
+                rows = known() + [  # another process may do other groups
+                    {k: str(round(v, 4) if isinstance(v, float) else v) for k, v in row.items()}
+                    for row in ({**key, **{k: r[k] for k in FIELDS[3:]}} for r in new)
+                ]
+                with tables.writing(PLACE) as f:
+                    out = csv.DictWriter(f, FIELDS, lineterminator="\n")
+                    out.writeheader()
+                    out.writerows(rows)
+                curve = [f"{100 * r['held_out']:.0f}" for r in new]
+                print(*key.values(), *curve, f"{time.time() - clock:.0f} s", flush=True)
+    print("\n" + tables.compare())
+    figures.figure(
+        PLACE.with_suffix(".png"),
+        f"What learns stories in {BUDGET} seconds?",
+        "held out, greedy: solved, % (dots: seeds; bar: mean)",
+        "",
+        draw,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
