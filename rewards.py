@@ -268,7 +268,10 @@ def story_gold(example: dict) -> str:
     """A right completion as the tiny model writes it: the chain, its last result in answer tags.
     >>> story_gold({"answer": "27+5=32-3=29\\n#### 29"})
     '27+5=32-3=<answer>29</answer>'"""
-    return story_answer(example["answer"].partition("####")[0].strip())
+    steps, number = example["answer"].partition("####")[0].strip(), gsm8k_gold(example)
+    if not re.fullmatch(CHAIN, steps) or not steps.endswith(f"={number}"):
+        raise ValueError("the answer must be a chain such as 27+5=32-3=29 and then #### 29")
+    return story_answer(steps)
 
 def story_parts(completion: str, example: dict) -> dict:
     """format: 1/2 for reasoning that is a chain of sums + 1/2 for a number between answer tags.
@@ -276,7 +279,7 @@ def story_parts(completion: str, example: dict) -> dict:
     [{'format': 1.0}, {'format': 0.5}]"""
     reasoning, _, answer = text_of(completion).partition("<answer>")
     chain = re.sub(r"</?(?:think|reasoning)>|\s", "", reasoning)
-    closed = re.fullmatch(r"\s*(?:\\boxed\{)?[0-9]+\}?\s*</answer>\s*", answer)
+    closed = re.fullmatch(r"\s*(?:\\boxed\{[0-9]+\}|[0-9]+)\s*</answer>\s*", answer)
     return {"format": (bool(re.fullmatch(CHAIN, chain)) + bool(closed)) / 2}
 
 # ------------------------------------------------------------------------------------------ MATH
@@ -409,7 +412,7 @@ TASKS = {
         question=lambda ex: ex["question"], form="the number", row=partial(text_row, "question"),
         gold=gsm8k_gold, bare_gold=story_gold, grade=gsm8k_grade, parts=story_parts,
         weights={"format": 1, "correct": 3}, answer=lambda text: last_number(find_answer(text)[0]),
-        canonical=lambda ex: ex["answer"], generate=story_generate, lazy=story_lazy,
+        canonical=story_gold, generate=story_generate, lazy=story_lazy,
         words=STORY_WORDS),
     "gsm8k": Task(
         question=lambda ex: ex["question"], form="the number", row=partial(text_row, "question"),

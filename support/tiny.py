@@ -11,7 +11,7 @@ import torch
 
 from rewards import TASKS, gold_completion, prompt_for
 from support.data import load_examples
-from support.files import refusing
+from support.files import need, refusing
 from support.saving import save_model
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +28,19 @@ class Settings:
     base_even: str = "off"             # on: every masked token counts the same, not 1/t (Eq. 8)
     base_theta: float = 4.0            # of its rotary positions: fast ones, for a context of 40
 
+SPECIAL = ["<pad>", "<unk>", "<eos>", "<mask>", "<|user|>", "<|assistant|>"]
+
 def tiny_tokenizer(words=()):
     """One token a character (printable ASCII), or one for each of `words`, between which spaces are
-    left out. With a chat template, as every other checkpoint."""
+    left out. With a chat template, as every other checkpoint. Raises BadInput."""
+    need(isinstance(words, (tuple, list)) and all(isinstance(word, str) and word
+         and " " not in word for word in words)
+         and len({*words, *SPECIAL}) == len(words) + len(SPECIAL), "a task's words must be "
+         f"different texts, none of them empty, with a space, or one of {' '.join(SPECIAL)}")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    special = ["<pad>", "<unk>", "<eos>", "<mask>", "<|user|>", "<|assistant|>"]
     known = [*words] or [chr(c) for c in [10, *range(32, 127)]]
-    vocab = {token: i for i, token in enumerate(special + known)}
+    vocab = {token: i for i, token in enumerate(SPECIAL + known)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     longest = "".join(f"{re.escape(word)}|" for word in sorted(words, key=len, reverse=True))
     one = pre_tokenizers.Split(Regex(longest + r"[\s\S]"), behavior="isolated")
@@ -44,7 +49,7 @@ def tiny_tokenizer(words=()):
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>",
-        mask_token="<mask>", additional_special_tokens=special[4:], padding_side="left",
+        mask_token="<mask>", additional_special_tokens=SPECIAL[4:], padding_side="left",
         clean_up_tokenization_spaces=False)
     tokenizer.chat_template = (
         "{% for m in messages %}"

@@ -499,7 +499,8 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_work(here, flags, word
     Path("columns.csv").write_text("Question,Answer\n1,2\n")
     Path("invalid.csv").write_text("Puzzle,Solution\n3102200002100320,1111111111111111\n")
     Path("empty.csv").write_text("Puzzle,Solution\n")
-    Path("bad.jsonl").write_text('{"question": "a", "answer": "#### 7"}\n{"question": "a\n')
+    Path("bad.jsonl").write_text(
+            '{"question": "a", "answer": "5+2=7\\n#### 7"}\n{"question": "a\n')
     Path("good.jsonl").write_text(
         "".join(f'{{"question": "{i}+1?", "answer": "#### {i + 1}"}}\n' for i in range(40)))
     Path("llama").mkdir()
@@ -791,6 +792,21 @@ def test_a_task_may_name_its_words():
     assert tokenizer.unk_token_id in tokenizer("Ann has 270 pens!")["input_ids"]
     longest = tiny_models.tiny_tokenizer(("a", "ab", "b"))
     assert longest.convert_ids_to_tokens(longest("abb a b")["input_ids"]) == ["ab", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("words", [
+    ("1", "2", "1"), ("<eos>", "1"), {"1", "2"}, (1, 2), ("1 2", "1"), ("", "1")], ids=str)
+def test_words_that_cannot_be_tokens_are_one_line(words, here, monkeypatch, quick, capsys):
+    monkeypatch.setitem(TASKS, "mine", dataclasses.replace(TASKS["sudoku"], words=words))
+    assert agrpo.main([*quick, "--task", "mine"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "words must be" in err and "making" not in out
+
+
+def test_a_story_without_its_chain_is_refused_with_its_line():
+    for answer in ("#### 13", "27+5=33\n#### 32", "Tom has 13.\n#### 13", "13\n#### 13"):
+        with pytest.raises(ValueError, match="must be a chain"):
+            TASKS["story"].key({"question": "Tom has 13 cups.", "answer": answer})
 
 
 def test_lazy_answers_begin_after_their_share_of_the_steps(monkeypatch):

@@ -83,7 +83,7 @@ def arithmetic(kind: str):
 
 def settings(**given):
     """As the command line settles them, at the sizes of these checks."""
-    return dataclasses.replace(settle({"task": "sudoku", "device": "cpu", **given}), **{
+    return dataclasses.replace(settle({"task": "story", "device": "cpu", **given}), **{
         "completion_length": 32, "block_length": 8, "steps": 16, "prompts": 4, "completions": 4,
         "warmup": 0, "gradient_checkpointing": "off", **given})
 
@@ -98,7 +98,7 @@ def pair(device: str, block=0, width=64):
 
 def examples(n=16):
     """Prompts of different lengths."""
-    return data.load_examples("countdown", n, 0, "train")
+    return data.load_examples("story", n, 0, "train")
 
 def keys(n):
     return [("gpu", i) for i in range(n)]
