@@ -795,7 +795,8 @@ def test_a_task_may_name_its_words():
 
 
 @pytest.mark.parametrize("words", [
-    ("1", "2", "1"), ("<eos>", "1"), {"1", "2"}, (1, 2), ("1 2", "1"), ("", "1")], ids=str)
+    ("1", "2", "1"), ("<eos>", "1"), {"1", "2"}, (1, 2), ("1 2", "1"), ("", "1")],
+    ids=["twice", "special", "set", "numbers", "space", "empty"])
 def test_words_that_cannot_be_tokens_are_one_line(words, here, monkeypatch, quick, capsys):
     monkeypatch.setitem(TASKS, "mine", dataclasses.replace(TASKS["sudoku"], words=words))
     assert agrpo.main([*quick, "--task", "mine"]) == 2
