@@ -329,14 +329,15 @@ def prompt_for(task: str, example: dict, style: str, system_prompt: str = "") ->
     return f"{instructions}\n\n{row.question(example)}", begin
 
 def gold_completion(task: str, example: dict, style: str) -> str:
-    """A right completion in the prompt's layout, for fine-tuning; its reasoning is GSM8K's own.
+    """A right completion in the prompt's layout, for fine-tuning; its reasoning stands before ####.
     >>> gold_completion("gsm8k", {"answer": "2 + 2 = <<2+2=4>>4\\n#### 4"}, "agrpo")
     '<think>2 + 2 = 4</think>\\n<answer>\\\\boxed{4}</answer>'"""
     gold = TASKS[task].gold(example)
     if style not in FORMATS:
         return (TASKS[task].bare_gold or TASKS[task].gold)(example)
-    words = example["answer"].partition("####")[0] if task in ("gsm8k", "story") else ""
-    return FORMATS[style][2].format(reasoning=re.sub(r"<<.*?>>", "", words).strip(), gold=gold)
+    words, marked, _ = str(example.get("answer", "")).partition("####")
+    words = re.sub(r"<<.*?>>", "", words).strip() if marked else ""
+    return FORMATS[style][2].format(reasoning=words, gold=gold)
 
 def gold_is_right(task: str, example: dict) -> bool:
     """Whether an example's own answer is graded 1, alone or in a prompt's layout.

@@ -244,6 +244,34 @@ def test_sft_loss_is_equation_8():
     assert float(got.detach()) == pytest.approx(total / 8, rel=1e-6)
 
 
+def test_even_weights_are_twice_the_cross_entropy_of_masked_tokens():
+    policy, tokenizer = tiny()
+    prompt, mask = checkpoints.encode_prompts(tokenizer, [("12", ""), ("34", "")])
+    tokens = torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33]])
+    got = sft.sft_loss(policy, prompt, mask, tokens, agrpo.generator("x"), even=True)
+    is_masked, _ = sft.noise(tokens, 0, mask, agrpo.generator("x"))
+    z = policy.logits(prompt, mask, tokens.masked_fill(is_masked, policy.mask_id), is_masked)
+    cross = torch.nn.functional.cross_entropy(z, tokens[is_masked], reduction="sum")
+    assert float(got.detach()) == pytest.approx(2 * float(cross.detach()) / 8, rel=1e-6)
+
+
+def test_words_share_one_table_and_positions_rotate_as_asked():
+    for task, tied, theta in (("story", True, 16.0), ("sudoku", False, 4.0)):
+        cfg = models.settle({"task": task, "base_hidden": 32, "base_layers": 1})
+        net = tiny_models.tiny_model(tiny_models.tiny_tokenizer(TASKS[task].words), cfg)
+        assert (net.get_input_embeddings().weight is net.get_output_embeddings().weight) == tied
+        assert net.config.rope_parameters["rope_theta"] == theta
+
+
+def test_mistakes_in_stories_are_told_apart():
+    from measure.mistakes import KINDS, kind
+    ex = {"question": "Tom has 21 eggs, finds 2, breaks 4.", "answer": "21+2=23-4=19\n#### 19"}
+    written = ("21+2=23-4={}19", "21+2=24-4={}19", "21+2=23+4={}27", "21+={}20", "21+2={}23",
+               "21+3=24-4={}20", "21+2=23+4={}26", "21+2=23-4={}18")
+    found = [kind(text.format("<answer>") + "</answer>", ex) for text in written]
+    assert tuple(found) == KINDS
+
+
 # ---------------------------------------------------------------------- runs, resume, bad input
 def rows_of(name):
     with open(f"runs/{name}/log.csv") as f:

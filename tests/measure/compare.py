@@ -7,7 +7,6 @@ of its seed; all but what an arm names is the default. Held-out shares: 256 stor
 confidence, one token a step. A run whose rows are there is not made again. Prints the table.
 """
 
-import csv
 import statistics
 import sys
 import time
@@ -84,31 +83,21 @@ def draw(axis):
     axis.set_yticks(list(places.values()), labels=list(places), fontsize=7)
 
 
-def known() -> list[dict]:
-    return list(csv.DictReader(open(PLACE))) if PLACE.is_file() else []
-
-
 def main(wanted: list):
     torch.set_num_threads(1)
     for seed in range(SEEDS):
         for group, arms in ARMS.items():
             for arm, flags in arms.items():
                 key = {"group": group, "arm": arm, "seed": str(seed)}
-                there = any(key.items() <= row.items() for row in known())
+                there = any(key.items() <= row.items() for row in tables.known(PLACE))
                 if there or wanted and group not in wanted:
                     continue
                 words, clock = flags.split(), time.time()
                 optim = {"betas": (0.9, float(w[6:])) for w in words if w.startswith("beta2=")}
                 flags = " ".join(w for w in words if not w.startswith("beta2="))
                 new = levers.run("story", seed, flags, BUDGET, POINTS, **optim)
-                rows = known() + [  # another process may do other groups
-                    {k: str(round(v, 4) if isinstance(v, float) else v) for k, v in row.items()}
-                    for row in ({**key, **{k: r[k] for k in FIELDS[3:]}} for r in new)
-                ]
-                with tables.writing(PLACE) as f:
-                    out = csv.DictWriter(f, FIELDS, lineterminator="\n")
-                    out.writeheader()
-                    out.writerows(rows)
+                rows = [{**key, **{k: row[k] for k in FIELDS[3:]}} for row in new]
+                tables.write(PLACE, FIELDS, tables.known(PLACE) + rows)  # others may have written
                 curve = [f"{100 * r['held_out']:.0f}" for r in new]
                 print(*key.values(), *curve, f"{time.time() - clock:.0f} s", flush=True)
     print("\n" + tables.compare())

@@ -9,7 +9,6 @@ to right, too. Rows go to assets/levers.csv after every run, and a run that is t
 again. The table: python tests/measure/tables.py.
 """
 
-import csv
 import dataclasses
 import sys
 import time
@@ -104,7 +103,7 @@ FIELDS = "task lever setting seed seconds step passes calls rollout held_out lef
 
 def main(tasks: list):
     torch.set_num_threads(1)
-    rows = list(csv.DictReader(open(PLACE))) if PLACE.is_file() else []
+    rows = tables.known(PLACE)
     for task in tasks:
         for seed in range(3):
             for lever, settings in ARMS.items():
@@ -114,17 +113,8 @@ def main(tasks: list):
                         continue
                     clock = time.time()
                     new = run(task, seed, flags)
-                    rows += [
-                        {
-                            k: str(round(v, 4) if isinstance(v, float) else v)
-                            for k, v in {**key, **row}.items()
-                        }
-                        for row in new
-                    ]
-                    with tables.writing(PLACE) as f:
-                        out = csv.DictWriter(f, FIELDS, lineterminator="\n")
-                        out.writeheader()
-                        out.writerows(rows)
+                    rows += [{**key, **row} for row in new]
+                    tables.write(PLACE, FIELDS, rows)
                     print(
                         *key.values(), f"{time.time() - clock:.0f} s", new[-1], sep="  ", flush=True
                     )

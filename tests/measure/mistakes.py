@@ -19,7 +19,7 @@ import torch  # noqa: E402
 import eval as evaluation  # noqa: E402
 from methods import models  # noqa: E402
 from rewards import TASKS, gold_completion, grade, story_parts, text_of  # noqa: E402
-from support import data, options  # noqa: E402
+from support import data  # noqa: E402
 import tables  # noqa: E402
 
 PLACE = Path(__file__).resolve().parents[2] / "assets" / "mistakes.csv"
@@ -76,11 +76,8 @@ def main(folders: list):
         ):
             cfg, _ = evaluation.parse([*flags, "--device", "cpu"])
             policy, tokenizer = models.open_policy(cfg)
-            examples = data.load_examples("story", 512, 0, "test")
-            at = options.for_evaluation(cfg)
-            at = at.__class__(**{**vars(at), "steps": at.completion_length})
-            keys = [("eval", i) for i in range(len(examples))]
-            texts = models.generate(policy, tokenizer, examples, keys, at)[1]
+            examples, C = data.load_examples("story", 512, 0, "test"), cfg.completion_length
+            texts = evaluation.evaluate_at(policy, tokenizer, cfg, examples, C)["completions"]
             counts = collections.Counter(
                 (ex["answer"].count("="), kind(text, ex)) for text, ex in zip(texts, examples)
             )

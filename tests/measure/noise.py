@@ -9,7 +9,6 @@ the position term and the end of a text hold, and how far one update moves the l
 """
 
 import copy
-import csv
 import dataclasses
 import sys
 from pathlib import Path
@@ -150,9 +149,8 @@ def main(argv: list):
     policy, tokenizer = models.open_policy(cfg, train=True)
     train, _ = data.load_split(task, cfg.train_examples, 64, seed)
     optimizer, sample = agrpo.make_optimizer(policy, cfg), models.sampler(tokenizer, cfg)
-    rows = list(csv.DictReader(open(PLACE))) if PLACE.is_file() else []
     key = {"task": task, "flags": " ".join(argv), "seed": str(seed)}
-    rows = [row for row in rows if not key.items() <= row.items()]
+    rows = [row for row in tables.known(PLACE) if not key.items() <= row.items()]
     for step in range(max(steps) + 1):
         if step not in steps:
             agrpo.train_step(policy, optimizer, train, step, cfg, sample)
@@ -166,10 +164,7 @@ def main(argv: list):
         )
         rows += [{**key, "step": step, "what": k, "value": f"{v:.4g}"} for k, v in found.items()]
         print(step, {k: round(v, 4) for k, v in found.items()}, flush=True)
-    with tables.writing(PLACE) as f:
-        out = csv.DictWriter(f, [*key, "step", "what", "value"], lineterminator="\n")
-        out.writeheader()
-        out.writerows(rows)
+    tables.write(PLACE, [*key, "step", "what", "value"], rows)
 
 
 if __name__ == "__main__":

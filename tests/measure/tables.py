@@ -44,6 +44,21 @@ def writing(path):
     files.write_json(index, dict(sorted({**known, path.name: made}.items())))
 
 
+def known(path) -> list[dict]:
+    """The rows of a CSV file as text, none where there is no file."""
+    return list(csv.DictReader(open(path))) if path.is_file() else []
+
+
+def write(path, fields: list, rows: list[dict]):
+    """Rows as a CSV file, numbers to four digits behind the point."""
+    with writing(path) as f:
+        out = csv.DictWriter(f, fields, lineterminator="\n")
+        out.writeheader()
+        out.writerows(
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+
+
 def read(name: str) -> list[dict]:
     with open(ROOT / "assets" / name) as f:
         return [
