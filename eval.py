@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 import agrpo
 from methods import caches, diffpo, scored, sft
-from methods.models import (OWNERS, Settings, check, check_context, choices, generate, lengths,
+from methods.models import (OWNERS, Settings, check, check_prompts, choices, generate, lengths,
                             open_policy, sampler, settle)
 from rewards import TASKS, BadInput, try_task
-from support import (checkpoints, cost, files, options, processes, rules, runs, saving, tiny)
+from support import checkpoints, cost, files, options, processes, rules, runs, saving
 from support.completions import (bootstrap, grade_row, locked_completions, open_completions,
                                  regrade, wilson)
 from support.data import held_out, load_examples, load_split
@@ -197,10 +197,7 @@ def run(given: dict, flags) -> int:
     try_task(cfg.task, examples[0])
     if seen := trained_on(cfg, examples):
         say(f"note: the model was trained on {seen} of these {len(examples)} examples")
-    if cfg.model not in options.TINY:
-        about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
-        check_context(about.config, tokenizer, dataclasses.replace(
-            cfg, completion_length=max(shapes)[0]), examples)
+    check_prompts(dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
     policy, tokenizer = open_policy(cfg)
     settings["weights"], made = saving.fingerprint(policy), files.provenance(policy)
     name = Path(cfg.model.removesuffix("/model")).name
@@ -294,21 +291,18 @@ def parse(argv: list[str]) -> tuple:
 def forecast(cfg, folder: Path, examples: list, heldout: list, overwrite: bool) -> tuple:
     """The checks that need the checkpoint's small files; then what the run will cost, printed.
     Returns the rows to train on, and the settings with those decided that memory decides."""
-    tokenizer = tiny.tiny_tokenizer(TASKS[cfg.task].words)
-    context, mask_id = 256, tokenizer.mask_token_id
+    about, tokenizer, length = check_prompts(cfg, examples + heldout)
     if cfg.model not in options.TINY:
-        about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
         used = (about.folder, about.adapter or about.folder)
         within = any(folder.resolve() in place.resolve().parents for place in used)
         need(not (overwrite and within), f"--overwrite would delete {cfg.model}, the model to "
              "begin with: --name NAME starts another run")
-        context, mask_id = about.config.max_position_embeddings, about.mask_id
-        length = check_context(about.config, tokenizer, cfg, examples + heldout)
         device = options.device_for(cfg)
-        cfg = cost.fitted(about.config, cfg, max(length), device)
+        cfg = cost.fitted(about.config, cfg, length[0], device)
         print(cost.announce(about.config, cfg, length, device, agrpo.processes()[1]), flush=True)
     if cfg.sft:
-        examples = sft.sft_examples(tokenizer, cfg, examples, context, mask_id)
+        context = about.config.max_position_embeddings
+        examples = sft.sft_examples(tokenizer, cfg, examples, context, about.mask_id)
     return examples, cfg
 
 def run_training(cfg, loop, actions: dict) -> int:

@@ -262,7 +262,7 @@ def gsm8k_gold(example: dict) -> str:
     return example["answer"].rsplit("####")[-1].strip()
 
 # --------------------------------------------------------------------------------------- stories
-CHAIN = r"[0-9]+(?:[-+][0-9]+=[0-9]+)*[-+][0-9]+=(?:[0-9]+)?"       # its last result may be tagged
+CHAIN = r"[0-9]+(?:[-+][0-9]+=[0-9]+)*[-+][0-9]+=(?:[0-9]+)?"   # the last result may be tagged
 
 def story_gold(example: dict) -> str:
     """A right completion as the tiny model writes it: the chain, its last result in answer tags.
@@ -274,7 +274,8 @@ def story_gold(example: dict) -> str:
     return story_answer(steps)
 
 def story_parts(completion: str, example: dict) -> dict:
-    """format: 1/2 for reasoning that is a chain of sums + 1/2 for a number between answer tags.
+    """format: 1/2 for reasoning that is a chain of sums, right or wrong + 1/2 for a number between
+    answer tags.
     >>> [story_parts(x, {}) for x in ("27+5=<answer>32</answer>", "27+=<answer>32</answer>")]
     [{'format': 1.0}, {'format': 0.5}]"""
     reasoning, _, answer = text_of(completion).partition("<answer>")

@@ -9,7 +9,7 @@ import agrpo
 from methods import (ROWS, caches, diffpo, diffu_grpo, dipo, join, rows_of, samplers, scored, to,
                      tracerl)
 from methods.sft import train_base
-from rewards import grade, overlong, prompt_for, read_weights, reward_parts
+from rewards import TASKS, grade, overlong, prompt_for, read_weights, reward_parts
 from support import checkpoints, options, rules, tiny
 from support.processes import once
 from support.files import need
@@ -112,9 +112,17 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
         diffpo.add_controller(policy, cfg, about, train)
     return policy, tokenizer
 
-def check_context(config, tokenizer, cfg, examples: list) -> tuple[int, int]:
-    """Tokens of the longest prompt, and of a usual one. Raises BadInput if the longest and its
-    completion do not fit."""
+def check_prompts(cfg, examples: list) -> tuple:
+    """What is known of cfg.model before it is made or loaded -> Checkpoint, tokenizer, tokens of
+    the longest prompt and of a usual one. Raises BadInput if the longest and its completion do not
+    fit, or a prompt has no tokens."""
+    if cfg.model in options.TINY:
+        tokenizer = tiny.tiny_tokenizer(TASKS[cfg.task].words)
+        config, mask_id = tiny.tiny_config(tokenizer, cfg), tokenizer.mask_token_id
+        about = checkpoints.Checkpoint(None, None, config, mask_id, options.tiny_block(cfg))
+    else:
+        about, tokenizer = checkpoints.open_checkpoint(cfg.model, cfg.model_block)
+        config = about.config
     checkpoints.set_template_args(tokenizer, cfg.template_args)
     ids, prompt_mask = checkpoints.encode_prompts(tokenizer, [
         prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt) for ex in examples])
@@ -124,7 +132,7 @@ def check_context(config, tokenizer, cfg, examples: list) -> tuple[int, int]:
     longest, room = max(cfg.completion_length, cfg.eval_length), config.max_position_embeddings
     need(length + longest <= room, f"the longest prompt has {length} tokens, a completion "
          f"{longest}; the context is {room}")
-    return length, int(prompt_mask.sum(1).double().mean())
+    return about, tokenizer, (length, int(prompt_mask.sum(1).double().mean()))
 
 def lengths(traj, policy) -> Tensor:
     """(N,) tokens before the first EOS or end of turn, where a completion ends."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import agrpo
 from methods.dipo import packed
-from rewards import TASKS, gold_completion, prompt_for
+from rewards import TASKS, gold_completion, grade, prompt_for
 from support.checkpoints import encode_prompts, end_of_turn
 from support.data import load_examples, read_pairs
 from support.processes import say
@@ -56,27 +56,28 @@ def denoising_loss(policy, prompt, prompt_mask, tokens, is_masked, weight) -> Te
 
 def sft_loss(policy, prompt, prompt_mask, tokens, g, even=False) -> Tensor:
     """Eq. 8 with noise drawn from g; `even`: with weight 2 in place of 1/t, which has the same
-    optimum and less noise."""
+    optimum, where the model can represent every law."""
     is_masked, weight = noise(tokens, getattr(policy, "block", 0), prompt_mask, g)
     weight = torch.full_like(weight, 2.0) if even else weight
     drawn = (x.to(tokens.device) for x in (is_masked, weight))
     return denoising_loss(policy, prompt, prompt_mask, tokens, *drawn)
 
 def train_base(policy, tokenizer, cfg):
-    """SFT on answers of which a share of base_lazy follow a lazy rule, the others are right: able,
-    but not inclined. Many samples find a right answer, a single one seldom does."""
+    """SFT on right answers and, from base_lazy_from of the steps on, a share of base_lazy that
+    follow a lazy rule: able, but not inclined. Many samples hold a right answer, one seldom."""
     task, device = TASKS[cfg.task], next(policy.parameters()).device
     g = agrpo.generator("sft", cfg.seed)
     examples = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train")
     ids, prompt_mask = encode_prompts(tokenizer, [prompt_for(cfg.task, ex, "bare")
                                                   for ex in examples])
     rng = random.Random(cfg.seed)
-    need(not (ids == tokenizer.unk_token_id).any(), f"task {cfg.task}: a question holds what the "
-         "tiny model has no token for; it knows " + ("the task's words" if task.words else
-                                                     "printable ASCII"))
     texts = zip(*[(gold_completion(cfg.task, ex, "bare"), task.lazy(ex, rng)) for ex in examples])
     answers = torch.stack([encode_answers(tokenizer, kind, cfg.completion_length, policy)
                            for kind in texts])                 # 0 right, 1 lazy
+    for ex, ids_of in zip(examples[:64], answers[0]):          # without spaces, still right?
+        said = tokenizer.decode(ids_of[ids_of != policy.eos_id])
+        need(grade(cfg.task, said, ex) == 1, f"task {cfg.task}: the tiny model says its right "
+             f"answer as {said[:60]!r}, which is graded wrong")
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(

@@ -112,16 +112,17 @@ def story_answer(steps: str) -> str:
     return f"{steps}=<answer>{answer}</answer>"
 
 def story_generate(n: int, seed: int, split: str) -> list[dict]:
-    """`n` different stories of one to three operations, all results between 10 and 39. A sequence
-    of numbers and operations is in one split only."""
+    """`n` different stories of one to three operations, all results between 10 and 39, which have
+    tokens; so has the sum of all numbers, the lazy answer. A sequence of numbers and operations is
+    in one split only."""
     rng, found = np.random.default_rng([seed, split == "test"]), {}
     while len(found) < n:
-        changes = rng.integers(2, 6, rng.integers(1, 4))
+        changes = rng.integers(2, 6, rng.integers(1, 4))           # adding all up is seldom right
         changes *= rng.choice([-1, 1], len(changes), p=[0.7, 0.3])
         numbers = [int(rng.integers(11, 38)), *changes.tolist()]
         kinds = (NAMES, THINGS, *(GAINS if change > 0 else LOSSES for change in changes))
         name, thing, *verbs = (str(rng.choice(words)) for words in kinds)
-        events = "".join(f", {verb} {abs(n)}" for verb, n in zip(verbs, numbers[1:]))
+        events = "".join(f", {verb} {abs(x)}" for verb, x in zip(verbs, numbers[1:]))
         answer = f"{chain(numbers)}\n#### {sum(numbers)}"
         if (min(itertools.accumulate(numbers)) >= 10 and sum(map(abs, numbers)) < 40
                 and in_split(answer, split)):

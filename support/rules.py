@@ -102,7 +102,8 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
         need(length % L == 0, f"completion length {length} is not a multiple of --block-length {L}")
         fit = [n for n in range(length, 0, -1) if length % n == 0 and n * L % length == 0]
         for steps in all_steps:
-            need(steps in fit, f"{steps} steps do not reveal equal parts of the {length} tokens, "
+            name = "--steps" if part is cfg or not training else "--eval-steps"
+            need(steps in fit, f"{name} {steps} does not reveal equal parts of {length} tokens, "
                  f"and of each block of {L}; these do: " + ", ".join(map(str, fit)))
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k),
          "--top-p is at most 1, and needs --top-k: the support is stored as ids")

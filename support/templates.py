@@ -2,6 +2,7 @@
 import inspect
 import re
 
+from rewards import BadInput
 from support.families import Family
 from support.files import need
 
@@ -57,12 +58,16 @@ def in_turns(tokenizer, turns: list[tuple[str, str]], **how) -> str:
 
 def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple:
     """(user message, what the completion is made to begin with), through the tokenizer's chat
-    template -> ids and mask (N, P), left padded."""
+    template -> ids and mask (N, P), left padded. Raises BadInput for what has no token."""
     texts = [in_turns(tokenizer, [("user", message)], add_generation_prompt=True) + begin
              for message, begin in prompts]
     out = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
                     return_tensors="pt")
-    return out["input_ids"], out["attention_mask"]
+    ids, mask, unknown = out["input_ids"], out["attention_mask"], tokenizer.unk_token_id
+    if unknown not in (None, tokenizer.eos_token_id):          # else a template may write it
+        for i in ((ids == unknown) & (mask == 1)).any(1).nonzero().flatten().tolist():
+            raise BadInput(f"the model has no token for a part of {prompts[i][0][:80]!r}")
+    return ids, mask
 
 def end_of_turn(tokenizer) -> int | None:
     """The special token, other than EOS, that the chat template writes after an answer."""

@@ -1,4 +1,4 @@
-"""The tiny models: a tokenizer of characters, a stock Llama, and where its base model is kept."""
+"""The tiny models: a tokenizer of characters or words, a stock Llama, where its base is kept."""
 import dataclasses
 import hashlib
 import json
@@ -21,7 +21,7 @@ class Settings:
     base_steps: int = 1600             # steps of supervised fine-tuning
     base_batch: int = 32               # rows per step
     base_lr: float = 3e-3              # up for a tenth of the steps, then down to zero
-    base_lazy: float = 0.6             # share of the corpus whose answers follow the lazy rule ...
+    base_lazy: float = 0.6             # share of a batch whose answers follow the lazy rule ...
     base_lazy_from: float = 0.0        # ... after this share of the steps; before, all are right
     base_hidden: int = 64              # width; heads of 16
     base_layers: int = 4               # of the Llama
@@ -57,12 +57,12 @@ def tiny_tokenizer(words=()):
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
     return tokenizer
 
-def tiny_model(tokenizer, cfg, block: int = 0):
-    """A stock Llama that attends in both directions, or to blocks of so many tokens and those
-    before them, randomly initialised from the seed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    tied = bool(TASKS[cfg.task].words)         # one table for input and output: words are copied
-    config = LlamaConfig(
+def tiny_config(tokenizer, cfg, block: int = 0):
+    """Configuration of a stock Llama that attends in both directions, or to blocks of so many
+    tokens and those before them."""
+    from transformers import LlamaConfig
+    tied = bool(TASKS[cfg.task].words)         # one table for input and output: easy to copy
+    return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=cfg.base_hidden,
         intermediate_size=4 * cfg.base_hidden, num_hidden_layers=cfg.base_layers,
         num_attention_heads=cfg.base_hidden // 16, initializer_range=0.06,
@@ -71,6 +71,11 @@ def tiny_model(tokenizer, cfg, block: int = 0):
         tie_word_embeddings=tied, use_cache=False, is_causal=False, pad_token_id=None,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         mask_token_id=tokenizer.mask_token_id, **({"block_size": block} if block else {}))
+
+def tiny_model(tokenizer, cfg, block: int = 0):
+    """A stock Llama with random weights from the seed."""
+    from transformers import LlamaForCausalLM
+    config = tiny_config(tokenizer, cfg, block)
     with torch.random.fork_rng(devices=[]):    # initialisation draws from the global generator
         torch.manual_seed(cfg.seed)
         return LlamaForCausalLM(config)

@@ -349,9 +349,9 @@ def test_regrade_reads_published_generations(here, capsys):
 
 @pytest.mark.parametrize(
     "flags, word",
-    [(["--steps", "4,x"], "--steps"), (["--step", "4"], "--step"), (["--steps", "3"], "3 steps"),
+    [(["--steps", "4,x"], "--steps"), (["--step", "4"], "--step"), (["--steps", "3"], "--steps 3"),
      (["--lengths", "16,15"], "15"), (["--lengths", ","], "--lengths"),
-     (["--steps", "0"], "0 steps"), (["--samples", "4"], "--temperature"),
+     (["--steps", "0"], "--steps 0"), (["--samples", "4"], "--temperature"),
      (["--samples", "0"], "--samples"), (["--limit", "-1"], "--limit"),
      (["--out", "x.json"], ".jsonl"), (["--out", "dir.jsonl"], ".jsonl"),
      (["--prompt", "d2"], "--prompt"), (["--task", "gsm8k"], "tiny"),

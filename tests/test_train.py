@@ -493,7 +493,7 @@ BAD = [(["--preset", "best"], "best"), (["--decay-steps", "50"], "--decay-steps"
        (["--method", "ppo"], "ppo"), (["--max-steps", "many"], "many"),
        (["--no-such-flag"], "no-such-flag"),
        (["--completion-length", "16", "--block-length", "5"], "block-length"),
-       (["--steps", "5"], "5 steps"), (["--steps", "0"], "steps"), (["--lr", "nan"], "lr"),
+       (["--steps", "5"], "--steps 5"), (["--steps", "0"], "steps"), (["--lr", "nan"], "lr"),
        (["--temperature", "0"], "temperature"), (["--prompts", "-1"], "prompts"),
        (["--completions", "1"], "completions"), (["--eval-steps", "16,x"], "eval-steps"),
        (["--top-p", "0.9"], "top-k"), (["--device", "tpu"], "tpu"), (["--task", "gsm8k"], "gsm8k"),
@@ -830,6 +830,41 @@ def test_words_that_cannot_be_tokens_are_one_line(words, here, monkeypatch, quic
     assert agrpo.main([*quick, "--task", "mine"]) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "words must be" in err and "making" not in out
+
+
+@pytest.mark.parametrize("flags", [
+    ["--data", "xavier.jsonl"], ["--prompt", "d1"], ["--prompt", "agrpo", "--sft", "gold"]])
+def test_prompts_that_the_model_has_no_token_for_are_refused(flags, here, quick, capsys):
+    """Before work starts, in training and evaluation, by the tiny model and by one trained."""
+    said = ["Ann", "Ben", "Xavier", "Max", "Tom", "Zoe"]
+    Path("xavier.jsonl").write_text("".join(json.dumps({
+        "question": f"{name} has {20 + i} cups, buys 3.",
+        "answer": f"{20 + i}+3={23 + i}\n#### {23 + i}"}) + "\n"
+        for i in range(4) for name in said))
+    small = ["--base-steps", "2", "--train-examples", "32", "--eval-examples", "8"]
+    assert agrpo.main(["--task", "story", *small, "--max-steps", "0", "--name", "was"]) == 0
+    whole = sorted(Path("runs").rglob("*"))
+    commands = [(agrpo.main, [*small, "--model", "tiny"]), (agrpo.main, ["--model", "runs/was"])]
+    if flags[0] == "--data":
+        commands += [(evaluation.main, ["--model", model]) for model in ("tiny", "runs/was")]
+    for command, model in commands:
+        capsys.readouterr()
+        assert command(["--task", "story", *model, *flags]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "has no token for a part of" in err
+    assert sorted(Path("runs").rglob("*")) == whole
+
+
+def test_a_right_answer_that_its_words_cannot_say_is_refused(here, quick, monkeypatch, capsys):
+    """Spaces between words are left out: an answer that needs one could never be solved."""
+    told = dataclasses.replace(
+        TASKS["story"], bare_gold=lambda ex: "Ann has", lazy=lambda ex, rng: "has",
+        parts=lambda text, ex: {"correct": 0.0}, weights={"correct": 1.0},
+        grade=lambda text, ex: float(text == "Ann has"))
+    monkeypatch.setitem(TASKS, "story", told)
+    assert agrpo.main([*quick, "--task", "story"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "'Annhas', which is graded wrong" in err
 
 
 def test_a_story_without_its_chain_is_refused_with_its_line():

@@ -1,12 +1,12 @@
 """What each lever of the cost buys: solved share per second against the published estimator.
 
-    python tests/measure/levers.py [TASK ...]      runs every arm of those tasks, three seeds
+    python tests/measure/levers.py       runs every arm, three seeds
 
 Each run has the same processor time of rollout and update on one thread (other work on the machine
 does not count), from the same base model of its seed; all but what an arm names is the laptop's
-default. Held-out shares: 256 examples, greedy, one token a step, by low confidence, at the end left
-to right, too. Rows go to assets/levers.csv after every run, and a run that is there is not made
-again. The table: python tests/measure/tables.py.
+default. Held-out shares: 256 examples, greedy, one token a step, by low confidence, of Sudoku at
+the end left to right, too. Rows go to assets/levers.csv after every run, and a run that is there is
+not made again. The table: python tests/measure/tables.py.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 import agrpo  # noqa: E402
 import eval as evaluation  # noqa: E402
-from methods import models  # noqa: E402
+from methods import models, scored  # noqa: E402
 from support import data, options  # noqa: E402
 import tables  # noqa: E402
 
@@ -69,6 +69,8 @@ def run(task: str, seed: int, flags: str, budget: float = 0, points=POINTS, **op
         group |= optim
     method = evaluation.method_of(cfg, tokenizer)
     method.begin(policy, optimizer, cfg)
+    if cfg.kl:
+        scored.keep_reference(policy)
     one_step, rows, total = method.train_step or agrpo.train_step, [], {"passes": 0, "calls": 0}
     seconds = rollout = step = 0
 
@@ -89,7 +91,7 @@ def run(task: str, seed: int, flags: str, budget: float = 0, points=POINTS, **op
                 {"seconds": seconds, "step": step, **total, "held_out": measured()}
                 | {"rollout": rollout / seconds}
             )
-    if task == "story":  # whose chains have that order anyway
+    if task == "story":
         return rows
     at = dataclasses.replace(options.for_evaluation(cfg), unmasking="left_to_right", steps=C)
     rows[-1]["left_to_right"] = evaluation.evaluate(
@@ -121,4 +123,4 @@ def main(tasks: list):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(BUDGET))
+    main(list(BUDGET))

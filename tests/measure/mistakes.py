@@ -1,6 +1,6 @@
 """What goes wrong in stories, before and after training.
 
-    python tests/measure/mistakes.py runs/story-*      assets/mistakes.csv, and 20 samples printed
+    python tests/measure/mistakes.py runs/story-agrpo-*      assets/mistakes.csv; prints samples
 
 Base and trained model of each run complete the held-out stories greedily, one token a step; every
 chain is compared with the story's.

@@ -2,10 +2,11 @@
 
     python tests/measure/noise.py [TASK] [--seed N] [--steps 0,20,60] [FLAGS]     assets/noise.csv
 
-Trains with the task's defaults (and FLAGS of agrpo.py), and at these steps looks at the policy
-with fresh batches of rollouts: how far the exact gradients of different batches lie apart, what
-each rule of drawing time steps adds to that, how much of the gradient one state, one completion,
-the position term and the end of a text hold, and how far one update moves the log-probabilities.
+Trains by --method agrpo with the task's defaults (and FLAGS of agrpo.py), and at these steps looks
+at the policy with 12 batches of its own rollouts, of the same examples at all steps: how much the
+exact gradient varies between batches, what each rule of drawing time steps adds to that, how much
+of the gradient one state, one completion, the position term and the end of a text hold (one batch),
+and how far one update moves the log-probabilities of the tokens it was made of.
 """
 
 import copy
@@ -18,7 +19,7 @@ import torch  # noqa: E402
 
 import agrpo  # noqa: E402
 import eval as evaluation  # noqa: E402
-from methods import models  # noqa: E402
+from methods import models, scored  # noqa: E402
 from support import data  # noqa: E402
 import tables  # noqa: E402
 
@@ -71,6 +72,15 @@ def at_the_end(policy, traj, cfg, views) -> tuple[float, float]:
     )
 
 
+def products(a, b) -> torch.Tensor:
+    """Products of means, without bias: of all pairs of different rows of (M, P), a mean; and of
+    all pairs but those of one row, for each row (M,)."""
+    M, whole, same = len(a), a.sum(0), (a * b).sum(1)
+    pairs = whole @ b.sum(0) - same.sum()
+    without = pairs - a @ b.sum(0) - b @ whole + 2 * same
+    return pairs / (M * (M - 1)), without / ((M - 1) * (M - 2))
+
+
 def look(policy, tokenizer, train, cfg, seed: int) -> dict:
     """All figures at one policy."""
     sample, batch = models.sampler(tokenizer, cfg), []
@@ -102,24 +112,20 @@ def look(policy, tokenizer, train, cfg, seed: int) -> dict:
             found["tokens at the end"], found["positions at the end"] = at_the_end(
                 policy, traj, cfg, views
             )
-    whole, tokens = map(torch.stack, zip(*batch))
-    for name, g in (("batch", whole), ("batch, tokens only", tokens)):
-        square, M = g.square().sum(1), len(g)
-        signal = float((g.sum(0).square().sum() - square.sum()) / (M * (M - 1)))
-        found[name] = float(square.mean()) / signal - 1
-        if name == "batch":
-            found["signal"] = signal**0.5
-            found |= {rule: sum(x) / M / signal for rule, x in added.items()}
-    order = whole - tokens
-    found["position term"] = float(order.square().sum() / (
-        order.square().sum() + tokens.square().sum()))
+    whole, tokens = (torch.stack(g).double() for g in zip(*batch))
+    order, M, square = whole - tokens, len(whole), whole.square().sum(1)
+    signal, signals = products(whole, whole)
+    apart, others = square.mean() - signal, (square.sum() - square) / (M - 1) - signals
+    found["batch"], spread = float(apart / signal), others / signals       # jackknife
+    found["batch, error"] = float((M - 1) ** 0.5 * spread.std(correction=0))
+    found |= {rule: sum(x) / M / float(apart) for rule, x in added.items()}
+    found["position term"] = float(products(order, order)[0] / signal)
+    found["position term, batch"] = float(order.square().sum() / square.sum())
     return found
 
 
 def moved(policy, traj, cfg, views, update) -> dict:
     """|log-ratio| of the tokens of these views by one update: mean, 99 %, largest."""
-    target = views.target
-
     @torch.no_grad()
     def logp():
         return agrpo.step_logp(policy, traj, views, cfg)[0]
@@ -127,7 +133,6 @@ def moved(policy, traj, cfg, views, update) -> dict:
     before = logp()
     update()
     change = (logp() - before).abs()
-    assert len(change) == int(target.sum())
     return {
         "moved, mean": float(change.mean()),
         "moved, 99 %": float(change.quantile(0.99)),
@@ -146,25 +151,30 @@ def main(argv: list):
             argv.pop(at)
     seed, steps = int(named["--seed"]), [*map(int, named["--steps"].split(","))]
     cfg, _ = evaluation.parse(["--task", task, "--seed", str(seed), "--device", "cpu", *argv])
+    if cfg.method != "agrpo" or cfg.cache != "none":
+        raise SystemExit("noise.py: --method agrpo, without a cache")
     policy, tokenizer = models.open_policy(cfg, train=True)
+    if cfg.kl:
+        scored.keep_reference(policy)
     train, _ = data.load_split(task, cfg.train_examples, 64, seed)
     optimizer, sample = agrpo.make_optimizer(policy, cfg), models.sampler(tokenizer, cfg)
     key = {"task": task, "flags": " ".join(argv), "seed": str(seed)}
-    rows = [row for row in tables.known(PLACE) if not key.items() <= row.items()]
     for step in range(max(steps) + 1):
         if step not in steps:
             agrpo.train_step(policy, optimizer, train, step, cfg, sample)
             continue
         found = look(copy.deepcopy(policy), tokenizer, train, cfg, seed)
         traj, reward, _ = agrpo.sample_step(policy, train, step, cfg, sample)
-        views = agrpo.exact_views(traj, reward, cfg, policy.mask_id, None)
+        views = agrpo.exact_views(traj, None, cfg, policy.mask_id, None)
         found |= moved(
             policy, traj, cfg, views,
             lambda: agrpo.update(policy, optimizer, traj, reward, step, cfg),
         )
-        rows += [{**key, "step": step, "what": k, "value": f"{v:.4g}"} for k, v in found.items()]
-        print(step, {k: round(v, 4) for k, v in found.items()}, flush=True)
-    tables.write(PLACE, [*key, "step", "what", "value"], rows)
+        here = {**key, "step": str(step)}
+        rows = [row for row in tables.known(PLACE) if not here.items() <= row.items()]
+        rows += [{**here, "what": k, "value": f"{v:.4g}"} for k, v in found.items()]
+        tables.write(PLACE, [*here, "what", "value"], rows)
+        print(step, {k: f"{v:.4g}" for k, v in found.items()}, flush=True)
 
 
 if __name__ == "__main__":

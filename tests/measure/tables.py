@@ -20,25 +20,19 @@ from support import files  # noqa: E402
 from support.completions import wilson  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "assets" / "README.md")
-METHODS = ("agrpo", "exact", "dipo", "tracerl", "diffpo", "diffu-grpo")
-SAMPLERS = (
-    "low_confidence",
-    "low_confidence, tokens only",
-    "confidence",
-    "plackett_luce",
-    "random",
-    "official preset",
-)
 
 
 @contextlib.contextmanager
 def writing(path):
     """A CSV file to write; made.json beside it keeps machine, versions, commit and command."""
     import torch
-    with open(path, "w", newline="") as f:
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="") as f:
         yield f
+    part.replace(path)
     made = files.provenance(torch.nn.Linear(1, 1))
     del made["dtype"]                                          # of each figure its script's own
+    made["command"] = made["command"].replace(f"{ROOT}/", "")
     index = path.parent / "made.json"
     known = json.loads(index.read_text()) if index.is_file() else {}
     files.write_json(index, dict(sorted({**known, path.name: made}.items())))
@@ -194,19 +188,20 @@ def mistakes() -> str:
 NOISE = {  # of noise.csv, and what it is called in the table
     "solved": "solved, of what is sampled, %",
     "entropy": "entropy of the law, nats a token",
-    "batch": "noise of the exact gradient: another batch",
-    "batch, tokens only": "the same, tokens only",
-    "batch_gradient K 1": "added by drawing 1 step a completion (`batch_gradient`)",
-    "batch_gradient K 2": "... 2 steps",
-    "batch_gradient K 4": "... 4 steps",
-    "iid K 1": "added by even, independent draws (`iid`), 1 step",
-    "low_discrepancy K 1": "added by the published rule, 1 step",
-    "low_discrepancy K 4": "... 4 steps",
-    "largest state": "largest share of one drawn state, %",
-    "largest completion": "largest share of one completion, %",
-    "position term": "share of the position term, %",
-    "tokens at the end": "of the tokens' part: at the end of the text, %",
-    "positions at the end": "of the positions' part: at the end of the text, %",
+    "batch": "variance between batches, all steps scored / square of the mean gradient",
+    "batch, error": "... standard error of that (jackknife)",
+    "batch_gradient K 1": "drawing 1 step a completion (`batch_gradient`) adds to it, %",
+    "batch_gradient K 2": "... 2 steps, %",
+    "batch_gradient K 4": "... 4 steps, %",
+    "iid K 1": "even, independent draws (`iid`), 1 step, %",
+    "low_discrepancy K 1": "the published rule of drawing steps, 1 step, %",
+    "low_discrepancy K 4": "... 4 steps, %",
+    "position term": "mean of the position term, squared / of the gradient, squared, %",
+    "position term, batch": "the same of single batches, %",
+    "largest state": "longest gradient of a drawn state / sum of all lengths, %",
+    "largest completion": "... of a completion, %",
+    "tokens at the end": "places after the end, of the tokens' squared gradient by the logits, %",
+    "positions at the end": "... of the position term's, %",
     "moved, mean": "log-probability of a token moved by one update: mean",
     "moved, 99 %": "... 99th percentile",
     "moved, largest": "... largest",
@@ -214,48 +209,51 @@ NOISE = {  # of noise.csv, and what it is called in the table
 
 
 def noise() -> str:
-    """A column for each step of training that was looked at, mean of the seeds."""
-    rows = [r for r in read("noise.csv") if not r["flags"]]
-    steps, lines = sorted({r["step"] for r in rows}), []
+    """A column for each step of training that was looked at, means of the seeds."""
+    rows = [r for r in read("noise.csv") if r["task"] == "story"]
+    columns, lines = sorted({(r["flags"], r["step"]) for r in rows}), []
     for what, words in NOISE.items():
-        cells = [
-            statistics.mean(r["value"] for r in rows if (r["what"], r["step"]) == (what, step))
-            for step in steps
-        ]
-        lines.append([words, *(f"{100 * x:.1f}" if "%" in words and "99" not in what
-                               else f"{x:.2g}" for x in cells)])
-    return markdown(["", *(f"before step {step + 1:.0f}" for step in steps)], lines)
-
-
-def compare() -> str:
-    """Each arm of compare.csv against the default, at the end of the time."""
-    rows, lines = read("compare.csv"), []
-    ends = {
-        (group, arm): {
-            seed: (own[-1], own[0]) for (seed,), own in groups(runs, "seed").items()
-        }
-        for (group, arm), runs in groups(rows, "group", "arm").items()
-    }
-    ours = ends["method", "agrpo"]
-    for (group, arm), seeds_of in ends.items():
-        shares = {seed: 100 * end["held_out"] for seed, (end, _) in seeds_of.items()}
-        against = ends.get((group, "agrpo, tiny-block"), ours)
-        less = [
-            f"{share - 100 * against[seed][0]['held_out']:+.1f}" for seed, share in shares.items()
-        ]
-        best = [
-            100 * max(r["held_out"] for r in own)
-            for _, own in groups([r for r in rows if r["arm"] == arm], "seed").items()
-        ]
-        fallen = max(b - s for b, s in zip(best, shares.values()))
-        lines.append([
-            group, f"`{arm}`", f"{statistics.mean(e['step'] for e, _ in seeds_of.values()):.0f}",
-            f"{statistics.mean(e['passes'] / e['step'] for e, _ in seeds_of.values()):.0f}",
-            spread(list(shares.values())), ", ".join(less), f"{fallen:.1f}",
-        ])
-    header = ["", "arm", "steps", "passes a step", "held out, %", "minus the first, by seed",
-              "most below its best point"]
+        cells = [statistics.mean(
+            r["value"] for r in rows if (r["what"], r["flags"], r["step"]) == (what, *column)
+        ) for column in columns]
+        cells = [100 * x if words.endswith("%") else x for x in cells]
+        lines.append([words, *("0" if abs(x) < 1e-3 else f"{x:.2g}" if abs(x) < 10 else f"{x:.0f}"
+                               for x in cells)])
+    header = [""]
+    for flags, step in columns:
+        seeds = {r["seed"] for r in rows if (r["flags"], r["step"]) == (flags, step)}
+        header.append(f"{f'`{flags}`' if flags else 'default'}, before step {step + 1:.0f} "
+                      f"({'seeds' if len(seeds) > 1 else 'seed'} {min(seeds):.0f}"
+                      + f" to {max(seeds):.0f}" * (len(seeds) > 1) + ")")
     return markdown(header, lines)
+
+
+def methods() -> str:
+    """What README.md shows of `compare`."""
+    return compare("method")
+
+
+def compare(only: str = "") -> str:
+    """Each arm of compare.csv, after a quarter of the time and at the end, against the default."""
+    lines, against = [], {}
+    rows = [r for r in read("compare.csv") if r["group"].startswith(only)]
+    for (group,), own in groups(rows, "group").items():
+        for i, ((arm,), mine) in enumerate(groups(own, "arm").items()):
+            runs = groups(mine, "seed")
+            curves = {seed: [100 * row["held_out"] for row in run] for seed, run in runs.items()}
+            early = [100 * at([(r["seconds"], r["held_out"]) for r in run], run[-1]["seconds"] / 4)
+                     for run in runs.values()]
+            ours = against.setdefault("blocks" in group, curves)   # which have another model
+            ends = [run[-1] for run in runs.values()]
+            lines.append([
+                "" if i else group, arm, f"{statistics.mean(e['step'] for e in ends):.0f}",
+                f"{statistics.mean(e['passes'] / e['step'] for e in ends):.0f}",
+                spread(early), spread([curve[-1] for curve in curves.values()]),
+                ", ".join(f"{c[-1] - ours[seed][-1]:+.1f}" for seed, c in curves.items()),
+                f"{max(max(curve) - curve[-1] for curve in curves.values()):.1f}",
+            ])
+    return markdown(["", "", "steps", "passes a step", "after a quarter, %", "at the end, %",
+                     "minus the default, by seed", "at most below its best"], lines)
 
 
 def advantage() -> str:
@@ -447,77 +445,6 @@ def methods_gradient(parameters: str = "shared") -> str:
         lines.append([method, f"{mine['block-causal', 'random']['passes']:.1f}", *cells])
     return markdown(
         ["method", "passes", *(x for a, u in kinds for x in (f"{a}, {u}: bias", "noise"))], lines
-    )
-
-
-def methods_time() -> str:
-    return methods_pace(kinds=(0,))
-
-
-def methods_pace(kinds: tuple = (0, 1)) -> str:
-    runs = {
-        key: [[(r[x], r["held_out"]) for r in own] for x in ("seconds", "passes")]
-        for key, own in groups(read("methods.csv"), "task", "model", "method", "seed").items()
-    }
-    parts = sorted({key[:2] for key in runs}, reverse=True)
-    limits = {
-        part: [min(run[k][-1][0] for key, run in runs.items() if key[:2] == part) for k in (0, 1)]
-        for part in parts
-    }
-    lines = []
-    for method in METHODS:
-        cells = []
-        for part in parts:
-            own = [run for key, run in runs.items() if key[:3] == (*part, method)]
-            cells += [
-                spread([100 * at(run[k], limits[part][k]) for run in own]) if own else ""
-                for k in kinds
-            ]
-        lines.append([method, *cells])
-    return markdown(
-        [
-            "method",
-            *(
-                x
-                for t, m in parts
-                for x in [
-                    f"{t}, {m}: after {limits[t, m][0]:.0f} s",
-                    f"after {limits[t, m][1]:.0f} passes",
-                ][: len(kinds)]
-            ),
-        ],
-        lines,
-    )
-
-
-def samplers() -> str:
-    lines = []
-    for (task,), rows in sorted(groups(read("samplers.csv"), "task").items(), reverse=True):
-        held = {
-            key: [(r["seconds"], r["held_out"]) for r in own if r["held_out"] != ""]
-            for key, own in groups(rows, "sampler", "seed").items()
-        }
-        budget = min(points[-1][0] for points in held.values())
-        for sampler in SAMPLERS:
-            own = [points for key, points in held.items() if key[0] == sampler]
-            lines.append(
-                [
-                    task,
-                    sampler,
-                    len(own),
-                    spread([100 * points[-1][1] for points in own]),
-                    f"{spread([100 * at(points, budget) for points in own])} ({budget:.0f} s)",
-                ]
-            )
-    return markdown(
-        [
-            "task",
-            "sampler in training",
-            "seeds",
-            "held out, %, at the end",
-            "at equal time of rollout and update",
-        ],
-        lines,
     )
 
 
@@ -743,6 +670,8 @@ TABLES = {
     for f in (
         results,
         seeds,
+        methods,
+        compare,
         advantage,
         fewer_steps,
         mistakes,
@@ -753,9 +682,6 @@ TABLES = {
         bias,
         variance,
         methods_gradient,
-        methods_time,
-        methods_pace,
-        samplers,
         nights,
         levers,
         left_to_right,
