@@ -115,7 +115,7 @@ def report_evaluation(task: str, name: str, about: dict, results: list[dict], ou
             row |= {f"pass@{r['k']}": percent(r["pass_at_k"]), "majority": percent(r["majority"])}
         if "beside" in r:
             row[TASKS[task].beside[0]] = f"{100 * r['beside']:.1f} %"
-        if held := r.get("held_out"):
+        if (held := r.get("held_out")) and held["n"]:
             row["solved, class never trained on"] = f"{100 * held['solved']:.1f} % of {held['n']}"
         rows.append({**row, "seconds": f"{r['seconds']:.1f}"})
     print(table(rows))

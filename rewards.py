@@ -270,7 +270,8 @@ def story_gold(example: dict) -> str:
     '27+5=32-3=<answer>29</answer>'"""
     steps, number = example["answer"].partition("####")[0].strip(), gsm8k_gold(example)
     if not re.fullmatch(CHAIN, steps) or not steps.endswith(f"={number}"):
-        raise ValueError("the answer must be a chain such as 27+5=32-3=29 and then #### 29")
+        raise ValueError("the answer must be a chain of + and - without negative results, and its "
+                         "last result again, such as 27+5=32-3=29 #### 29 (--skip-bad-examples)")
     return story_answer(steps)
 
 def story_parts(completion: str, example: dict) -> dict:

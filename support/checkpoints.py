@@ -13,7 +13,8 @@ import torch
 from support.families import Checkpoint, read_checkpoint
 from support.files import need, read_json, refusing
 from support.presets import MODELS
-from support.templates import encode_prompts, end_of_turn, set_template_args
+from support.templates import (encode_prompts, end_of_turn, in_turns,  # noqa: F401
+                               set_template_args)
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.py"]
@@ -113,7 +114,8 @@ def open_checkpoint(model: str, block: int = 0, weights: bool = False):
         tokenizer.template_args = {k: v for k, v in about.family.template.items() if k in reads}
     with refusing(f"--model {model}"):                         # a broken template
         set_template_args(tokenizer, trained.get("template_args", ""))
-        if encode_prompts(tokenizer, [("1", "")])[0].numel() == 0:
+        said = in_turns(tokenizer, [("user", "1")], add_generation_prompt=True)
+        if not tokenizer(said, add_special_tokens=False)["input_ids"]:
             raise ValueError("its chat template makes nothing of a message")
         end_of_turn(tokenizer)
     for token, name in ((mask_id, "mask"), (tokenizer.eos_token_id, "end-of-sequence")):

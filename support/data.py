@@ -57,14 +57,16 @@ def read_pairs(path: str) -> list[dict]:
 def converted(task: str, row: dict, skip: bool) -> dict | None:
     """A row as an example; None for one to be left out. Raises ValueError for an example whose own
     answer its grade does not take: nothing could be learned from it."""
-    TASKS[task].key(example := TASKS[task].row(row))       # by way of the columns that it needs
-    text = json.dumps(example, ensure_ascii=False)
+    text = json.dumps(example := TASKS[task].row(row), ensure_ascii=False)
     text.encode()                                          # no half of a surrogate pair
-    if gold_is_right(task, example):
-        return example
-    if not skip:
+    try:
+        TASKS[task].key(example)                           # by way of the columns that it needs
+        if gold_is_right(task, example):
+            return example
         raise ValueError(f"its own answer is graded wrong, {text[:80]} (--skip-bad-examples)")
-    return None
+    except ValueError:
+        if not skip:
+            raise
 
 def kept(examples: list, where: str) -> list[dict]:
     """Those that are not to be left out; says how many are. Raises BadInput if all are."""

@@ -279,7 +279,7 @@ class Run:
                 "such step changed the weights, the last checkpoint is intact (try a lower --lr)")
         self.progress.total = self.last
         self.progress.update()
-        shown = ("loss", "reward", "solved", "ratio", "grad_norm", "entropy", "nfe")
+        shown = ("loss", "reward", "solved", "heldout", "ratio", "grad_norm", "entropy", "nfe")
         shown = {k: f"{row[k]:.3g}" for k in shown if k in row}
         self.progress.set_postfix(shown)
         if self.first and self.progress.disable:               # a file, not a terminal

@@ -66,7 +66,10 @@ def encode_prompts(tokenizer, prompts: list[tuple[str, str]]) -> tuple:
     ids, mask, unknown = out["input_ids"], out["attention_mask"], tokenizer.unk_token_id
     if unknown not in (None, tokenizer.eos_token_id):          # else a template may write it
         for i in ((ids == unknown) & (mask == 1)).any(1).nonzero().flatten().tolist():
-            raise BadInput(f"the model has no token for a part of {prompts[i][0][:80]!r}")
+            at = tokenizer(texts[i], add_special_tokens=False, return_offsets_mapping=True)
+            a, b = at["offset_mapping"][at["input_ids"].index(unknown)]
+            raise BadInput(f"the model has no token for {texts[i][a:b][:40]!r} in "
+                           f"{prompts[i][0][:80]!r}")
     return ids, mask
 
 def end_of_turn(tokenizer) -> int | None:

@@ -42,8 +42,11 @@ def tiny_tokenizer(words=()):
     known = [*words] or [chr(c) for c in [10, *range(32, 127)]]
     vocab = {token: i for i, token in enumerate(SPECIAL + known)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    longest = "".join(f"{re.escape(word)}|" for word in sorted(words, key=len, reverse=True))
-    one = pre_tokenizers.Split(Regex(longest + r"[\s\S]"), behavior="isolated")
+    whole = any(re.fullmatch("[0-9]{2,}", word) for word in words)     # then 250 is not 25 and 0
+    longest = "".join(re.escape(word) + ("(?![0-9])|" if whole and word.isdigit() else "|")
+                      for word in sorted(words, key=len, reverse=True))
+    other = r"[0-9]+|[A-Za-z]+|[\s\S]" if words else r"[\s\S]"
+    one = pre_tokenizers.Split(Regex(longest + other), behavior="isolated")
     space = pre_tokenizers.Split(" ", behavior="removed")
     core.pre_tokenizer = pre_tokenizers.Sequence([space, one]) if words else one
     core.decoder = decoders.Fuse()

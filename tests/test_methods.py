@@ -20,7 +20,7 @@ import eval as evaluation
 import methods.models
 from eval import lengths, open_policy, parse, settle
 from methods import caches, diffpo, diffu_grpo, dipo, join, rows_of, scored, sft, tracerl
-from support import checkpoints, cost, options, saving
+from support import checkpoints, cost, data, options, saving
 
 CFG = dataclasses.replace(NEUTRAL, position_term="off")
 BLOCKS = dataclasses.replace(CFG, model="tiny-block", completion_length=20, block_length=4,
@@ -1250,11 +1250,10 @@ def test_sft_then_rl_in_two_commands(here, capsys):
     assert Path("runs/b/model/adapter_config.json").is_file()
 
 
-@whole
 def test_an_sft_file_may_hold_any_line_separator_but_newline_inside_a_text(here):
     row = {"prompt": "1\u2028\u0085", "completion": "2"}
     Path("pairs.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert go("--sft", "pairs.jsonl", "--name", "s") == 0
+    assert data.read_pairs("pairs.jsonl") == [row]
 
 
 @whole

@@ -22,7 +22,7 @@ from methods import models, sft
 from rewards import TASKS, BadInput, gold_completion, grade, reward_parts, try_task
 from support import checkpoints, files, options, puzzles, rules, runs
 from support import tiny as tiny_models
-from support.data import load_split
+from support.data import from_file, load_split
 from tools import Settings, exact_loss, load, train_step
 
 AGRPO = str(Path(agrpo.__file__).resolve())
@@ -263,8 +263,9 @@ def test_words_share_one_table_and_positions_rotate_as_asked():
         assert net.config.rope_parameters["rope_theta"] == theta
 
 
-def test_mistakes_in_stories_are_told_apart():
-    from measure.mistakes import KINDS, kind
+def test_mistakes_in_stories_are_told_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "measure"))
+    from mistakes import KINDS, kind
     ex = {"question": "Tom has 21 eggs, finds 2, breaks 4.", "answer": "21+2=23-4=19\n#### 19"}
     written = ("21+2=23-4={}19", "21+2=24-4={}19", "21+2=23+4={}27", "21+={}20", "21+2={}23",
                "21+3=24-4={}20", "21+2=23+4={}26", "21+2=23-4={}18")
@@ -818,6 +819,9 @@ def test_a_task_may_name_its_words():
             assert tokenizer.decode(ids) == text.replace(" ", "")
     assert len(tokenizer("27+5=32-3=<answer>29</answer>")["input_ids"]) == 11     # one a number
     assert tokenizer.unk_token_id in tokenizer("Ann has 270 pens!")["input_ids"]
+    assert tokenizer.unk_token_id in tokenizer("Ann has 60 pens.")["input_ids"]  # not 6 and 0
+    digits = tiny_models.tiny_tokenizer(("1", "2"))            # here they are digits
+    assert digits.convert_ids_to_tokens(digits("12 2")["input_ids"]) == ["1", "2", "2"]
     longest = tiny_models.tiny_tokenizer(("a", "ab", "b"))
     assert longest.convert_ids_to_tokens(longest("abb a b")["input_ids"]) == ["ab", "b", "a", "b"]
 
@@ -851,8 +855,25 @@ def test_prompts_that_the_model_has_no_token_for_are_refused(flags, here, quick,
         capsys.readouterr()
         assert command(["--task", "story", *model, *flags]) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "has no token for a part of" in err
+        assert err.count("\n") == 1 and "has no token for '" in err
+        assert ("'Xavier' in 'Xavier has" in err) == (flags[0] == "--data")
     assert sorted(Path("runs").rglob("*")) == whole
+
+
+def test_a_task_of_words_alone_is_trained_and_its_model_opened(here, quick, monkeypatch):
+    """No digit among its words."""
+    colours = dataclasses.replace(
+        TASKS["story"], words=("red", "blue", ";"), question=lambda ex: ex["colour"],
+        gold=lambda ex: ex["colour"], bare_gold=lambda ex: f"{ex['colour']};",
+        lazy=lambda ex, rng: "red;", parts=lambda text, ex: {}, weights={"correct": 1},
+        row=dict, canonical=None, grade=lambda text, ex: float(text == f"{ex['colour']};"),
+        generate=lambda n, seed, split: [
+            {"colour": ("red" if split == "test" else "blue") * (i + 1)} for i in range(n)])
+    monkeypatch.setitem(TASKS, "mine", colours)
+    shape = ["--completion-length", "40", "--block-length", "40", "--steps", "4", "--eval-steps",
+             "4", "--train-examples", "4", "--eval-examples", "4", "--prompts", "2"]
+    assert agrpo.main([*quick, "--task", "mine", *shape, "--name", "m", "--max-steps", "1"]) == 0
+    assert evaluation.main(["--task", "mine", "--model", "runs/m", "--limit", "4"]) == 0
 
 
 def test_a_right_answer_that_its_words_cannot_say_is_refused(here, quick, monkeypatch, capsys):
@@ -871,6 +892,17 @@ def test_a_story_without_its_chain_is_refused_with_its_line():
     for answer in ("#### 13", "27+5=33\n#### 32", "Tom has 13.\n#### 13", "13\n#### 13"):
         with pytest.raises(ValueError, match="must be a chain"):
             TASKS["story"].key({"question": "Tom has 13 cups.", "answer": answer})
+
+
+def test_bad_stories_are_left_out_and_counted(tmp_path, capsys):
+    rows = [("Tom has 21 cups, buys 3.", answer) for answer in (
+        "21+3=24\n#### 24", "21*3=63\n#### 63", "21+3=24\n#### 25", "21+3=25\n#### 25")]
+    path = tmp_path / "stories.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    with pytest.raises(BadInput, match="stories.jsonl:2: the answer must be a chain"):
+        load_split("story", 0, 8, 0, str(path))
+    assert len(from_file("story", str(path), skip=True)) == 2  # whether a sum is right, nobody asks
+    assert "left out 2 of 4 examples" in capsys.readouterr().out
 
 
 def test_lazy_answers_begin_after_their_share_of_the_steps(monkeypatch):
