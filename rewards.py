@@ -17,7 +17,7 @@ from functools import partial
 
 from support.math_answers import (MATH_CHARS, math_copied, math_equal, math_form,
                                   math_normal, math_pair)
-from support.puzzles import (SOLUTIONS, STORY_WORDS, countdown_generate, countdown_solve,
+from support.puzzles import (SOLUTIONS, STORY_WORDS, chain, countdown_generate, countdown_solve,
                              in_split, story_answer, story_generate,  # noqa: F401
                              story_lazy, sudoku_class, sudoku_generate, sudoku_lazy)
 
@@ -269,8 +269,9 @@ def story_gold(example: dict) -> str:
     >>> story_gold({"answer": "27+5=32-3=29\\n#### 29"})
     '27+5=32-3=<answer>29</answer>'"""
     steps, number = example["answer"].partition("####")[0].strip(), gsm8k_gold(example)
-    if not re.fullmatch(CHAIN, steps) or not steps.endswith(f"={number}"):
-        raise ValueError("the answer must be a chain of + and - without negative results, and its "
+    terms = [int(term[:9]) for term in re.findall("(?:^|[-+])[0-9]+", steps)]
+    if len(terms) < 2 or chain(terms) != steps or not steps.endswith(f"={number}"):
+        raise ValueError("the answer must be a right chain of + and -, no result negative, and its "
                          "last result again, such as 27+5=32-3=29 #### 29 (--skip-bad-examples)")
     return story_answer(steps)
 

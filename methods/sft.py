@@ -82,7 +82,8 @@ def train_base(policy, tokenizer, cfg):
                                   weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
         1.0, 10 * (s + 1) / cfg.base_steps, (1 - s / cfg.base_steps) / 0.9))
-    print(f"making the tiny base model: {cfg.base_steps} steps of supervised fine-tuning, once",
+    print(f"making the tiny base model: {cfg.base_steps} steps of supervised fine-tuning, once; "
+          "one to three minutes on an idle core",
           flush=True)
     progress = tqdm(range(cfg.base_steps), "base model", unit="step", mininterval=1, disable=None)
     for step in progress:

@@ -890,7 +890,7 @@ def test_a_right_answer_that_its_words_cannot_say_is_refused(here, quick, monkey
 
 def test_a_story_without_its_chain_is_refused_with_its_line():
     for answer in ("#### 13", "27+5=33\n#### 32", "Tom has 13.\n#### 13", "13\n#### 13"):
-        with pytest.raises(ValueError, match="must be a chain"):
+        with pytest.raises(ValueError, match="must be a right chain"):
             TASKS["story"].key({"question": "Tom has 13 cups.", "answer": answer})
 
 
@@ -899,10 +899,10 @@ def test_bad_stories_are_left_out_and_counted(tmp_path, capsys):
         "21+3=24\n#### 24", "21*3=63\n#### 63", "21+3=24\n#### 25", "21+3=25\n#### 25")]
     path = tmp_path / "stories.jsonl"
     path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
-    with pytest.raises(BadInput, match="stories.jsonl:2: the answer must be a chain"):
+    with pytest.raises(BadInput, match="stories.jsonl:2: the answer must be a right chain"):
         load_split("story", 0, 8, 0, str(path))
-    assert len(from_file("story", str(path), skip=True)) == 2  # whether a sum is right, nobody asks
-    assert "left out 2 of 4 examples" in capsys.readouterr().out
+    assert len(from_file("story", str(path), skip=True)) == 1
+    assert "left out 3 of 4 examples" in capsys.readouterr().out
 
 
 def test_lazy_answers_begin_after_their_share_of_the_steps(monkeypatch):
