@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from methods.models import (OWNERS, Settings, check, check_prompts, choices, gen
 from rewards import TASKS, BadInput, try_task
 from support import checkpoints, cost, files, options, processes, rules, runs, saving
 from support.completions import (bootstrap, grade_row, locked_completions, open_completions,
-                                 regrade, wilson)
+                                 pass_at, regrade, wilson)
 from support.data import held_out, load_examples, load_split
 from support.figures import plot_frontier
 from support.files import need
@@ -48,10 +49,12 @@ def evaluate(complete, task: str, examples: list, batch: int = 256, samples: int
         if rows.keys() >= set(part):
             continue
         clock, chunk, new = time.perf_counter(), [examples[i] for i, _ in part], {}
-        for key, ex, text, nfe, n in zip(part, chunk, *complete(chunk, part)):
+        texts, *counts = complete(chunk, part)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:       # tests of programs run elsewhere
+            graded = list(pool.map(lambda text, ex: grade_row(task, text, ex), texts, chunk))
+        for key, row, nfe, n in zip(part, graded, *counts):
             if key not in rows:
-                new[key] = {"index": key[0], "sample": key[1], **grade_row(task, text, ex),
-                            "nfe": nfe, "tokens": n}
+                new[key] = {"index": key[0], "sample": key[1], **row, "nfe": nfe, "tokens": n}
         each = (time.perf_counter() - clock) / len(part)
         rows |= (new := {key: {**row, "seconds": each} for key, row in new.items()})
         if save:
@@ -78,7 +81,8 @@ def summary(task: str, rows: list[dict]) -> dict:
     if TASKS[task].beside:
         result["beside"] = total(TASKS[task].beside[0]) / n
     if k > 1:
-        result["k"] = k
+        at = {j: sum(pass_at(j, c, k) for c in right) / len(right) for j in (2, 4, 8, 16) if j < k}
+        result |= {"k": k, "pass_at": at}                      # of fewer samples
         for name, hits in (("pass_at_k", sum(map(bool, right))),
                            ("majority", sum(map(vote, groups)))):
             result[name] = {"solved": hits / len(groups), "ci95": wilson(hits, len(groups))}
@@ -112,6 +116,7 @@ def report_evaluation(task: str, name: str, about: dict, results: list[dict], ou
         row = {"length": r["length"], "steps": r["steps"], "NFE": f"{r['nfe']:.1f}", "tokens/NFE":
                f"{r['tokens_per_nfe']:.2f}", "solved (95 % interval)": percent(r), "n": r["n"]}
         if "k" in r:
+            row |= {f"pass@{k}": f"{100 * x:.1f} %" for k, x in r["pass_at"].items()}
             row |= {f"pass@{r['k']}": percent(r["pass_at_k"]), "majority": percent(r["majority"])}
         if "beside" in r:
             row[TASKS[task].beside[0]] = f"{100 * r['beside']:.1f} %"

@@ -4,7 +4,8 @@
     reward_parts(task, completion, example) -> {name: float}     training maximises their sum
 
 Neither raises on any completion, and both read the same answer (`find_answer`). Examples: sudoku
-{puzzle, solution}, countdown {nums, target}, gsm8k {question, answer}, math {problem, answer}."""
+{puzzle, solution}, countdown {nums, target}, gsm8k {question, answer}, math {problem, answer}, code
+{text, code, test_list}."""
 import ast
 import json
 import operator
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 
+from support import programs
 from support.math_answers import (MATH_CHARS, math_copied, math_equal, math_form,
                                   math_normal, math_pair)
 from support.puzzles import (SOLUTIONS, STORY_WORDS, chain, countdown_generate, countdown_solve,
@@ -34,12 +36,16 @@ NEXT = (rf"(?:\n|(?<=[.!?0-9)}}$>])){ASKED}|<\|(?:im_start|start_header_id|user)
 ANSWERED = (r"####\s*\S|\\(?:boxed|fbox)\s*\{(?!\s*(?:[.…_}]|\\[lc]?dots))|</answer>|answer is\b",
             rf"|[0-9][^\w\n]{{0,8}}\s*(?={NEXT})", r"|\n[ \t#*>]*+(?:Answer|Solution|A)\b[ \t*]*+:")
 
+def before_end(completion: str) -> str:
+    """A completion up to its end of text."""
+    return re.split(END, completion[:10**6], maxsplit=1)[0]
+
 def text_of(completion: str) -> str:
     """A completion up to its end of text, or to the question that a base model goes on with: the
     next one after it has marked an answer or, if it marks none, given a number.
     >>> text_of("#### 72\\nQ: 5 + 5? #### 10"), text_of("Restated:\\nQ: 70 + 2?\\n#### 72")
     ('#### 72', 'Restated:\\nQ: 70 + 2?\\n#### 72')"""
-    text = re.split(END, completion[:10**6], maxsplit=1)[0]
+    text = before_end(completion)
     begin = len(text) - len(re.split("</(?:reasoning|think)>", text, maxsplit=1)[-1])
     rest = text[begin:begin + MAX_CHARS]                   # (it may ask itself in the reasoning)
     again = bool(re.match(rf"\s*+{ASKED}", rest))          # it begins by restating the problem
@@ -313,11 +319,11 @@ def math_grade(completion: str, example: dict) -> float:
 # --------------------------------------------------------------------------------------- prompts
 FORMATS = {     # --prompt: (layout that is asked for, how a completion begins, an answer laid out)
     "agrpo": (("First think it through between <think> and </think>. Then give nothing but the "
-               "final answer, as \\boxed{{{form}}}, between <answer> and </answer>."),
-              "", "<think>{reasoning}</think>\n<answer>\\boxed{{{gold}}}</answer>"),
+               "final answer, as {form}, between <answer> and </answer>."),
+              "", "<think>{reasoning}</think>\n<answer>{gold}</answer>"),
     "d1": (("Answer in this format:\n<reasoning>\nyour reasoning\n</reasoning>\n"
-            "<answer>\n\\boxed{{{form}}}\n</answer>"),
-           "<reasoning>", "\n{reasoning}\n</reasoning>\n<answer>\n\\boxed{{{gold}}}\n</answer>")}
+            "<answer>\n{form}\n</answer>"),
+           "<reasoning>", "\n{reasoning}\n</reasoning>\n<answer>\n{gold}\n</answer>")}
 
 def prompt_for(task: str, example: dict, style: str, system_prompt: str = "") -> tuple[str, str]:
     """The user's message, and what the completion begins with. Style "bare" (or none) is the
@@ -328,7 +334,7 @@ def prompt_for(task: str, example: dict, style: str, system_prompt: str = "") ->
     if style not in FORMATS:
         return (row.bare or row.question)(example), ""
     layout, begin, _ = FORMATS[style]
-    instructions = system_prompt or f"{row.instruction} {layout.format(form=row.form)}"
+    instructions = system_prompt or f"{row.instruction} {layout.format(form=row.marked % row.form)}"
     return f"{instructions}\n\n{row.question(example)}", begin
 
 def gold_completion(task: str, example: dict, style: str) -> str:
@@ -340,7 +346,7 @@ def gold_completion(task: str, example: dict, style: str) -> str:
         return (TASKS[task].bare_gold or TASKS[task].gold)(example)
     words, marked, _ = str(example.get("answer", "")).partition("####")
     words = re.sub(r"<<.*?>>", "", words).strip() if marked else ""
-    return FORMATS[style][2].format(reasoning=words, gold=gold)
+    return FORMATS[style][2].format(reasoning=words, gold=TASKS[task].marked % gold)
 
 def gold_is_right(task: str, example: dict) -> bool:
     """Whether an example's own answer is graded 1, alone or in a prompt's layout.
@@ -361,7 +367,8 @@ class Task:
     gold: Callable[[dict], str]                   # example -> a right answer
     grade: Callable[[str, dict], float]           # completion, example -> [0, 1], 1 is solved
     instruction: str = "Solve the problem step by step."
-    form: str = "the answer"                      # what the prompt says stands in the box
+    form: str = "the answer"                      # what the prompt says stands there ...
+    marked: str = "\\boxed{%s}"                   # ... marked as an answer
     parts: Callable[[str, dict], dict] = lambda text, ex: {}  # of the reward, beside the grade ...
     weights: dict = field(default_factory=lambda: {"correct": 3})    # ... which is "correct"
     answer: Callable[[str], object] = lambda text: find_answer(text)[0] or None    # for the vote
@@ -431,7 +438,25 @@ TASKS = {
         answer=lambda text: math_normal(math_answer(text)) or None,
         row=partial(text_row, "problem"), canonical=lambda ex: " ".join(ex["problem"].split()),
         hub={"train": ("nlile/hendrycks-MATH-benchmark", None, "train"),
-             "test": ("HuggingFaceH4/MATH-500", None, "test")})}
+             "test": ("HuggingFaceH4/MATH-500", None, "test")}),
+    "code": Task(
+        instruction="Write a Python program.", form="the program", marked="```python\n%s\n```",
+        question=programs.code_question, gold=lambda ex: ex["code"], row=programs.code_row,
+        grade=lambda text, ex: programs.code_grade(before_end(text), ex),
+        parts=lambda text, ex: programs.code_parts(before_end(text), ex),
+        answer=lambda text: programs.code_of(before_end(text)) or None,
+        weights={"format": 1, "tests": 1, "correct": 2},
+        canonical=lambda ex: " ".join(ex["text"].split()),
+        hub={"train": ("google-research-datasets/mbpp", "full", "train"),
+             "test": ("openai/openai_humaneval", None, "test")}),
+    "formula": Task(
+        instruction="Find the formula over x, of + - * and numbers, behind these pairs x>result.",
+        question=lambda ex: ex["text"], gold=lambda ex: ex["code"], form="the formula",
+        grade=lambda text, ex: programs.formula_grade(find_answer(text)[0], ex),
+        parts=lambda text, ex: programs.formula_parts(find_answer(text)[0], ex),
+        weights={"format": 0.5, "tests": 0.5, "correct": 3}, generate=programs.formula_generate,
+        canonical=lambda ex: " ".join(sorted(ex["text"].split())), lazy=programs.formula_lazy,
+        words=programs.FORMULA_WORDS)}
 
 def grade(task: str, completion: str, example: dict) -> float:
     """Grade in [0, 1]; 1 is solved. Never raises if the task's own function does not."""
@@ -473,16 +498,3 @@ def overlong(length: int, limit: int, free: float) -> float:
     >>> overlong(80, 100, 0.8), overlong(90, 100, 0.8), overlong(100, 100, 0.8)
     (0.0, 0.5, 1.0)"""
     return round(min(1.0, max(0.0, (length / limit - free) / (1 - free))), 9)
-
-def read_weights(task: str, text: str) -> dict:
-    """"correct=2,format=0.5" -> the task's weights with these changed. Raises BadInput.
-    >>> read_weights("countdown", "correct=2")
-    {'format': 1, 'correct': 2.0}"""
-    weights = dict(TASKS[task].weights)
-    for item in filter(None, text.split(",")):
-        m = re.fullmatch(r"\s*(.+?)\s*=\s*(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)\s*", item)
-        if not m or m[1] not in weights:
-            raise BadInput(f"--reward-weights {item!r}: must be NAME=NUMBER, the names for {task} "
-                           f"are {', '.join(weights)}")
-        weights[m[1]] = float(m[2])
-    return weights

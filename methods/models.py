@@ -1,6 +1,8 @@
 """All settings together; from checkpoint to policy, from examples to completions and rewards."""
 import contextlib
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ import agrpo
 from methods import (ROWS, caches, diffpo, diffu_grpo, dipo, join, rows_of, samplers, scored, to,
                      tracerl)
 from methods.sft import train_base
-from rewards import TASKS, grade, overlong, prompt_for, read_weights, reward_parts
+from rewards import TASKS, grade, overlong, prompt_for, reward_parts
 from support import checkpoints, options, rules, tiny
 from support.processes import once
 from support.files import need
@@ -164,16 +166,20 @@ def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
 def sampler(tokenizer, cfg, unfinished=None):
     """What agrpo.train_step samples and rewards with; each process grades its share. unfinished: a
     list that takes the share of completions that never end."""
-    weights = read_weights(cfg.task, cfg.reward_weights)
+    weights = rules.read_weights(cfg.task, cfg.reward_weights)
 
     def sample(policy, examples, keys, cfg):
         """As agrpo.sample_step asks for it."""
         traj, texts = generate(policy, tokenizer, examples, keys, cfg)
-        (rank, world), graded = agrpo.processes(), []
-        for i in torch.tensor_split(torch.arange(len(texts)), world)[rank].tolist():
+        rank, world = agrpo.processes()
+        mine = torch.tensor_split(torch.arange(len(texts)), world)[rank].tolist()
+
+        def graded(i):
+            """Parts of the reward, and whether it is solved."""
             parts = reward_parts(cfg.task, texts[i], examples[i], weights)
-            graded.append((parts, grade(cfg.task, texts[i], examples[i]) == 1))
-        parts, solved = zip(*agrpo.gather(graded))
+            return parts, grade(cfg.task, texts[i], examples[i]) == 1
+        with ThreadPoolExecutor(os.cpu_count()) as pool:       # tests run in other processes
+            parts, solved = zip(*agrpo.gather(list(pool.map(graded, mine))))
         names = dict.fromkeys(name for part in parts for name in part)     # a missing part is 0
         parts = {name: [part.get(name, 0.0) for part in parts] for name in names}
         length = lengths(traj, policy)

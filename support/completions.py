@@ -84,6 +84,13 @@ def wilson(solved: int, n: int, z: float = 1.96) -> list[float]:
     half = z / (n + z * z) * math.sqrt(n * p * (1 - p) + z * z / 4)
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
+def pass_at(k: int, right: int, n: int) -> float:
+    """Probability that one of k samples is right, where `right` of n were: without bias (Chen et
+    al. 2021, arXiv 2107.03374, Eq. 1).
+    >>> pass_at(1, 1, 4), pass_at(2, 1, 4)
+    (0.25, 0.5)"""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
 def bootstrap(values: list, draws: int = 2000) -> list[float]:
     """95 % interval of a mean, its examples drawn again with replacement: [low, high].
     >>> bootstrap([0.5] * 10)

@@ -21,7 +21,11 @@ LLADA, SMALLEST = (MODELS[name][0] for name in ("llada-8b", "qwen3-0.6b-bd3lm"))
 TASK_SHAPES = {                        # what a task needs otherwise; flags win over all of these
     "story": {"completion_length": 16, "block_length": 8, "steps": 8, "max_steps": 150, "lr": 2e-4,
               "base_steps": 3600, "base_batch": 24, "base_lazy": 0.65, "base_lazy_from": 0.78,
-              "base_theta": 16.0, "base_even": "on"}}
+              "base_theta": 16.0, "base_even": "on"},
+    "formula": {"completion_length": 8, "block_length": 8, "steps": 4, "eval_steps": "8,4,2",
+                "max_steps": 60, "lr": 2e-4, "train_examples": 2048, "base_steps": 3600,
+                "base_batch": 24, "base_lazy": 0.65, "base_lazy_from": 0.78, "base_theta": 16.0,
+                "base_even": "on"}}
 CHECKPOINT = {                         # of all but tiny models: AGRPO's (arXiv 2510.04019) ...
     "completions": 8, "temperature": 0.6, "top_k": 150, "top_p": 0.99, "lora_rank": 64,
     "eval_length": 256, "eval_block_length": 32, "eval_steps": "128",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rewards import FORMATS, TASKS, BadInput, read_weights
+from rewards import FORMATS, TASKS, BadInput
 from support.data import check_files
 from support.files import need
 from support.options import CONTROLLED, device_for, flag, for_evaluation, numbers
@@ -29,6 +29,19 @@ MAY_BE_ZERO = {                        # beside those that are 0 by default
     "max_steps", "rollout_batch", "tokens_per_pass", "entropy_bound", "overlong_from", "warmup",
     "weight_decay", "eval_every", "base_lazy", "dynamic_sampling", "prompt_masking",
     "importance_cap", "truncation", "gamma", "lam", "alpha"}
+
+def read_weights(task: str, text: str) -> dict:
+    """"correct=2,format=0.5" -> the task's weights with these changed. Raises BadInput.
+    >>> read_weights("countdown", "correct=2")
+    {'format': 1, 'correct': 2.0}"""
+    weights = dict(TASKS[task].weights)
+    for item in filter(None, text.split(",")):
+        m = re.fullmatch(r"\s*(.+?)\s*=\s*(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)\s*", item)
+        if not m or m[1] not in weights:
+            raise BadInput(f"--reward-weights {item!r}: must be NAME=NUMBER, the names for {task} "
+                           f"are {', '.join(weights)}")
+        weights[m[1]] = float(m[2])
+    return weights
 
 def check_values(cfg, choices: dict, may_be_zero: set):
     """Raises BadInput for a setting that is none of its choices, or a number that is negative,

@@ -23,7 +23,7 @@ ALL_FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py")
                               for part in p.relative_to(ROOT).parts))
 FILES = [p for p in ALL_FILES if p.parts[0] != "tests"]
 MAY_IMPORT = {                         # a file or a package: what it may import at its top
-    "agrpo": (), "rewards": ("support.math_answers", "support.puzzles"),
+    "agrpo": (), "rewards": ("support.math_answers", "support.programs", "support.puzzles"),
     "support": ("rewards", "support"), "methods": ("agrpo", "rewards", "support", "methods"),
     "eval": ("agrpo", "rewards", "support", "methods", "eval")}
 

@@ -24,7 +24,7 @@ from measure.fuzz import FILES, IMPOSSIBLE, PIECES, fuzz
 
 import rewards
 from rewards import TASKS, BadInput, grade, reward_parts
-from support import data, math_answers, puzzles
+from support import data, math_answers, programs, puzzles, rules
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -35,10 +35,14 @@ EXAMPLES = {
     "story": {"question": "Ann has 70 cups, buys 2.", "answer": "70+2=72\n#### 72"},
     "gsm8k": {"question": "How many are 70 and 2?", "answer": "70 + 2 = 72\n#### 72"},
     "math": {"problem": "x?", "answer": "\\frac{1}{2}"},
+    "code": {"text": "Write f.", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"]},
+    "formula": {"text": "1>3 0>1", "code": "2*x+1", "test_list": ["assert f(4) == 9"]},
 }
 RIGHT = {
     "sudoku": "3142243142131324", "countdown": "(3+4)*2", "story": "72", "gsm8k": "72",
-    "math": "\\frac{1}{2}"}
+    "math": "\\frac{1}{2}", "formula": "2*x+1",
+    "code": "def f(x): return x"}
+BOXED = [task for task in TASKS if task != "code"]             # whose answers stand in a \\boxed
 STYLES = (
     "<think>\n{r}\n</think>\n<answer>\n\\boxed{{{a}}}\n</answer>",
     "\n{r}\n</reasoning>\n<answer>\n\\boxed{{{a}}}\n</answer><|eot_id|>")
@@ -52,13 +56,14 @@ def jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("module", [rewards, math_answers, puzzles], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [rewards, math_answers, programs, puzzles, rules],
+                         ids=lambda m: m.__name__)
 def test_docstring_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", BOXED)
 def test_right_answers_in_every_form_they_come_in(task):
     ex, a = EXAMPLES[task], RIGHT[task]
     reasoned = f"<reasoning>\nno 1, 2\n</reasoning>\n<answer>\n\\boxed{{{a}}}\n</answer>"
@@ -266,10 +271,12 @@ TRICKS = {
         "\\frac{2}{1}", "", "1", "\\boxed{", "x", "9^{9^{9^{9}}}", "(1000000)!!", "exit()",
         "\\frac{1}{2}, \\frac{1}{3}", "0 1 2 3 4 5 6 7 8 9",
         "\\boxed{\\frac{1}{2}} \\boxed{\\frac{1}{3}}", "x?"],
+    "formula": ["x+2", "", "3", "2*x+1, 2*x+2", "2*x+1 or x", "lambda: 9", "exit()", "9 if 1 else",
+                "[9, 3, 1][-x]", "2*x+1)(", "2*x+1\nx", "__import__('os')"],
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", BOXED)
 def test_known_tricks_do_not_pay(task):
     """Several boxed answers, all the digits, the numbers of the statement, the statement echoed,
     exit(), an answer outside the tag."""
@@ -553,7 +560,7 @@ print([name for name in ("math_verify", "sympy", "datasets", "torch") if name in
 
 # ------------------------------------------------------------------------ prompts, rewards, data
 @pytest.mark.parametrize("style", rewards.FORMATS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", BOXED)
 def test_a_prompt_states_the_problem_and_asks_for_what_is_graded(task, style):
     ex, statement = EXAMPLES[task], TASKS[task].question(EXAMPLES[task])
     message, begin = rewards.prompt_for(task, ex, style)
@@ -569,7 +576,7 @@ def test_a_prompt_states_the_problem_and_asks_for_what_is_graded(task, style):
 
 
 def test_weights_are_read_by_name():
-    read, ex = rewards.read_weights, EXAMPLES["gsm8k"]
+    read, ex = rules.read_weights, EXAMPLES["gsm8k"]
     expected = {"think": 0.0, "answer": 0.5, "correct": 1.0}
     assert read("gsm8k", "correct=1, think=0") == expected
     weights = {"think": 0, "answer": 2, "correct": 1}

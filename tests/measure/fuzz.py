@@ -18,6 +18,8 @@ FILES = {"gsm8k": "gsm8k_128", "math": "math500_128", "countdown": "countdown_12
 IMPOSSIBLE = {
     "story": [{"question": "", "answer": "1+1=2\n#### 918273645"}],
     "gsm8k": [{"question": "", "answer": "#### 918273645.1928"}],
+    "code": [{"text": "", "code": "", "test_list": ["assert f(1) == 918273645"]}],
+    "formula": [{"text": "", "code": "", "test_list": ["assert f(1) == 918273645"]}],
     "math": [{"problem": "", "answer": answer}
              for answer in ("\\frac{918273}{645281}", "\\sqrt{918273}", "(918273, 645281)")],
     "countdown": [{"nums": [3, 3], "target": 1009}],

@@ -1,0 +1,109 @@
+"""Inside the sandbox: runs a program, then answers what the tests ask of it, line by line.
+
+support/sandbox.py starts this text alone, in an interpreter without packages. It never sees a test:
+names, calls and their arguments come in, and only plain values go out."""
+import os
+import sys
+
+KEPT = """fspath fstat getcwd listdir lstat scandir stat stat_result urandom DirEntry PathLike
+    error""".split()                   # of what talks to the operating system: to import modules
+NEVER = """ctypes _ctypes _posixsubprocess _posixshmem _multiprocessing posix nt gc _socket fcntl
+    mmap _testcapi _xxsubinterpreters faulthandler readline""".split()     # modules
+EVENTS = """import exec compile marshal.loads builtins.id builtins.input array.__new__
+    object.__getattr__ object.__setattr__ object.__delattr__ sys._getframe sys.excepthook
+    sys.unraisablehook""".split()      # of sys.audit: what a program that computes may cause
+
+class Number:
+    """An object that was handed out, in the arguments of a call."""
+    def __init__(self, number: int):
+        self.number = number
+
+VIEWS = {}.keys().__class__, {}.values().__class__, {}.items().__class__
+
+def written(x, objects: list, depth=0) -> str:
+    """A value as text that holds plain values alone; any other is kept, and its number written."""
+    if depth > 50:
+        raise RecursionError
+    if x is None or x is True or x is False or x is ...:
+        return repr(x)
+    for kind in (int, str, bytes):
+        if isinstance(x, kind):
+            return kind.__repr__(x)
+    for kind in (float, complex):                              # which may be inf or nan
+        if isinstance(x, kind):
+            return f"({kind.__name__!r}, {kind.__repr__(x)!r})"
+    if type(x) is range:
+        return f"('range', [{x.start}, {x.stop}, {x.step}])"
+    kind = next((kind for kind in (dict, list, tuple, set, frozenset) if isinstance(x, kind)), None)
+    if kind is None and not isinstance(x, VIEWS) and not hasattr(type(x), "__next__"):
+        objects.append(x)
+        return f"('object', {len(objects) - 1})"
+    parts = x.items() if kind is dict else x
+    if kind is dict:
+        parts = [(key, value) for key, value in parts]
+    name = kind.__name__ if kind else "iter"
+    return f"({name!r}, [{', '.join(written(y, objects, depth + 1) for y in parts)}])"
+
+def given(x, objects: list):
+    """An argument, with the objects that were handed out."""
+    if type(x) in (list, tuple, set, frozenset):
+        return type(x)(given(y, objects) for y in x)
+    if type(x) is dict:
+        return {given(k, objects): given(v, objects) for k, v in x.items()}
+    return objects[x.number] if type(x) is Number else x
+
+def serve(requests, out: int, write=os.write):
+    """Answers requests (verb, object, name, arguments, named arguments) until they end."""
+    objects, scope = [], {"__name__": "program"}
+    readable = {"Number": Number, "inf": float("inf"), "nan": float("nan")}
+    for line in requests:
+        try:
+            verb, target, name, arguments, named = eval(line, readable)
+            arguments, named, value = given(arguments, objects), given(named, objects), None
+            if verb == "run":
+                exec(compile(name, "program", "exec"), scope)
+            elif verb == "call":
+                value = objects[target](*arguments, **named)
+            elif verb == "set":
+                setattr(objects[target], name, *arguments)
+            else:
+                value = scope[name] if target is None else getattr(objects[target], name)
+            said = f"('value', {written(value, objects)})\n"
+        except BaseException as error:                         # exit() too
+            said = f"('error', {type(error).__name__!r})\n"
+        text = said.encode("utf-8", "backslashreplace")
+        while text:
+            text = text[write(out, text):]
+
+def close_doors():
+    """No function of the operating system but to look a module up, no module that has others, and
+    an audit hook, which no program can take off, for what is left."""
+    system = sys.modules["posix"]
+    for name in set(dir(system)) - set(KEPT):
+        if callable(getattr(system, name)):
+            delattr(system, name)
+            vars(os).pop(name, None)
+    library, events, never = tuple(filter(None, sys.path)), frozenset(EVENTS), frozenset(NEVER)
+
+    def hook(event, arguments, type=type, str=str):
+        """A program may change every builtin name: none of them is used here."""
+        if event == "import":
+            fine = type(arguments[0]) is str and arguments[0].partition(".")[0] not in never
+        elif event in ("open", "os.listdir", "os.scandir"):
+            path, flags = arguments[0], arguments[2] if event == "open" else 0
+            fine = type(path) is str and path.startswith(library) and ".." not in path and not (
+                flags & (os_write | os_more))
+        else:
+            fine = event in events
+        if not fine:
+            raise PermissionError(event)
+    os_write, os_more = os.O_WRONLY | os.O_RDWR, os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    sys.addaudithook(hook)
+
+if __name__ == "__main__":
+    sys.set_int_max_str_digits(0)
+    asked, answers, null = os.fdopen(os.dup(0), "rb"), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    close_doors()
+    serve(asked, answers)

@@ -1,0 +1,209 @@
+"""Runs programs that nobody has read, and tells which of their tests they pass.
+
+Two processes. A program runs in a sandbox (support/inside.py) and is only asked for values: it sees
+neither a test nor what is expected. The tests run outside, on plain values: no name that a program
+redefines, no text that it prints, no end that it comes to passes one. What goes into a call must be
+plain, too, and is copied: a test that looks at an argument again sees it unchanged."""
+import ast
+import builtins
+import contextlib
+import functools
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+SECONDS, MEMORY = 5, 512               # of a program with all its tests; MB
+ANSWER = 10_000_000                    # bytes of a value
+LIMITS = (f"ulimit -v {MEMORY * 1024}; ulimit -t {SECONDS}; ulimit -f 0; ulimit -c 0; ulimit -n 64;"
+          'ulimit -u 0 2>&- || ulimit -p 0 2>&-; exec "$0" "$@"')          # -u, -p: processes
+
+# --------------------------------------------------------------------- how a program is started
+def limited() -> list[str]:
+    """An interpreter without packages, with limits on memory, time, files and processes."""
+    source = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
+    return ["/bin/sh", "-c", LIMITS, os.path.realpath(sys.executable), "-I", "-S", "-c", source]
+
+def bubblewrapped() -> list[str]:
+    """The same with no network, no file of the machine but its system and Python, read-only, and
+    no process but its own."""
+    words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+    for path in ("/usr", "/lib", "/lib64", "/bin"):
+        if os.path.islink(path):
+            words += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            words += ["--ro-bind", path, path]
+    interpreter = os.path.dirname(os.path.realpath(sys.executable))
+    for path in ("/etc/ld.so.cache", sys.base_prefix, interpreter):
+        words += ["--ro-bind-try", path, path]
+    return [*words, "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/tmp",
+            *limited()]
+
+@functools.cache
+def command() -> list[str]:
+    """What starts a program: bubblewrap where it works, else limits alone. Says which."""
+    from support.processes import say
+    if shutil.which("bwrap"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            tried = subprocess.run(bubblewrapped(), input=b"('run', None, '', (), {})\n",
+                                   capture_output=True, timeout=30)
+            if tried.stdout == b"('value', None)\n":
+                say("programs run in bubblewrap: no network, no files, no other processes")
+                return bubblewrapped()
+    say("programs run in a process with limits; with bubblewrap (bwrap) installed they would be "
+        "kept from files and network by the operating system, too")
+    return limited()
+
+# ------------------------------------------------------------------ the process that holds tests
+class Remote:
+    """What a program defined that is no plain value: it can be called, its attributes read and
+    set, and be given back."""
+    def __init__(self, program, number: int):
+        self.__dict__.update(_program=program, _number=number)
+
+    def __call__(self, *arguments, **named):
+        return self._program.ask("call", self._number, "", arguments, named)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._program.ask("get", self._number, name)
+
+    def __setattr__(self, name, value):
+        self._program.ask("set", self._number, name, (value,))
+
+    def __repr__(self):
+        return f"Number({self._number})"
+
+class Program:
+    """A program in its sandbox."""
+    def __init__(self, start: list[str], folder: str):
+        self.process = subprocess.Popen(
+            start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            cwd=folder, env={}, start_new_session=True)
+
+    def ask(self, verb: str, number=None, name="", arguments=(), named={}):
+        """What it answers; raises what it raised, EOFError where it has ended or says too much."""
+        request = repr((verb, number, name, arguments, named))
+        self.process.stdin.write(request.encode("utf-8", "backslashreplace") + b"\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline(ANSWER)
+        if not line.endswith(b"\n"):
+            self.process.kill()
+            raise EOFError
+        kind, what = ast.literal_eval(line.decode())
+        if kind == "value":
+            return self.value(what)
+        error = getattr(builtins, what, None)
+        known = isinstance(error, type) and issubclass(error, Exception)
+        raise error() if known else RuntimeError(what)
+
+    def value(self, x):
+        """A value as inside.py writes it, read."""
+        if not isinstance(x, tuple):
+            return x
+        kind, what = x
+        if kind in ("float", "complex"):
+            return getattr(builtins, kind)(what)
+        if kind in ("list", "tuple", "set", "frozenset", "iter", "dict"):
+            return getattr(builtins, kind)([self.value(y) for y in what])
+        return range(*what) if kind == "range" else Remote(self, int(what))
+
+def run_test(program: Program, test: str):
+    """Runs a test, with the names of the program that it uses. Raises if it fails."""
+    tree, scope = ast.parse(test), {"__name__": "test"}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for name in used - vars(builtins).keys():
+        with contextlib.suppress(KeyError):
+            scope[name] = program.ask("get", None, name)
+    exec(compile(tree, "test", "exec"), scope)
+
+def verdicts(source: str, tests: list[str], start: list[str], folder: str, began) -> list[bool]:
+    """Whether a program passes each test, in SECONDS for all. began(pid) is called first."""
+    program, found = Program(start, folder), [False] * len(tests)
+    try:
+        began(program.process.pid)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1)     # again, if a test catches it
+        program.ask("run", None, source)
+        for i, test in enumerate(tests):
+            with contextlib.suppress(Exception):
+                run_test(program, test)
+                found[i] = True
+    except BaseException:                                      # time is over, or it does not load
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        program.process.kill()
+        program.process.communicate()
+    return found
+
+# ---------------------------------------------------------------------------- many, and in order
+class Tester:
+    """A process that holds tests, for one program after another."""
+    process = None
+
+    def verdicts(self, program: str, tests: list[str]) -> list[bool]:
+        """Those of `verdicts`; none is passed where the process has to be ended."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(                   # in a session of its own: no Ctrl-C
+                [sys.executable, "-P", __file__, json.dumps(command())], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                start_new_session=True)
+        pid = found = ""
+
+        def stop():
+            """The program first: its number is its own as long as its parent lives."""
+            with contextlib.suppress(ValueError, ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+            self.process.kill()
+        late = threading.Timer(SECONDS + 5, stop)
+        late.start()
+        try:
+            print(json.dumps([program, tests]), file=self.process.stdin, flush=True)
+            pid = self.process.stdout.readline()
+            found = self.process.stdout.readline()
+        finally:
+            late.cancel()
+            if not found:
+                stop()
+                self.process.communicate()
+        return json.loads(found) if found else [False] * len(tests)
+
+class Testers:
+    """As many as there are cores; threads take turns."""
+    def __init__(self):
+        self.idle = queue.SimpleQueue()
+        for _ in range(os.cpu_count() or 1):
+            self.idle.put(Tester())
+
+    @functools.lru_cache(maxsize=10_000)                       # a group holds many twice
+    def passed(self, program: str, tests: tuple[str, ...]) -> tuple[bool, ...]:
+        """Whether a program passes each test."""
+        tester = self.idle.get()
+        try:
+            return tuple(tester.verdicts(program, list(tests)))
+        finally:
+            self.idle.put(tester)
+
+testers = Testers()
+os.register_at_fork(after_in_child=testers.__init__)           # pipes are the parent's
+
+if __name__ == "__main__":             # the process: answers a line [program, tests] with verdicts
+    def late(*_):
+        """No except clause of a test takes it."""
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGALRM, late)
+    sys.set_int_max_str_digits(0)
+    answers = os.fdopen(os.dup(1), "w")                        # a test may print
+    sys.stdout = open(os.devnull, "w")
+    with tempfile.TemporaryDirectory() as empty:
+        for line in sys.stdin:
+            found = verdicts(*json.loads(line), json.loads(sys.argv[1]), empty,
+                             lambda pid: print(pid, file=answers, flush=True))
+            print(json.dumps(found), file=answers, flush=True)

@@ -1,0 +1,183 @@
+"""Programs in the sandbox: what is right passes, no trick does, nothing is left behind.
+Run: pytest tests/test_sandbox.py"""
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support import sandbox
+
+MARK, COMMAND = f"mark-{os.getpid()}", sandbox.command         # on our programs' command lines
+LEVELS = {"bubblewrap": sandbox.bubblewrapped, "limits": sandbox.limited}
+TESTS = ["assert f(1) == 3 and f(2) == 5", "x = f(4)\nassert x == 9 and not x != 9 and x + 1 == 10"]
+RIGHT = "def f(x):\n    return 2 * x + 1"
+
+
+@pytest.fixture(params=LEVELS, scope="module")
+def tester(request):
+    """A process that holds tests, with the programs at one level."""
+    if request.param == "bubblewrap" and not shutil.which("bwrap"):
+        pytest.skip("bubblewrap is not installed")
+    start = [*LEVELS[request.param](), MARK]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "command", lambda: start)
+        found = sandbox.Tester()
+        assert found.verdicts(RIGHT, TESTS) == [True, True]
+        yield found
+        found.process.kill()
+        found.process.communicate()
+
+
+ANY = "class Any(int):\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n"
+HACKS = {  # none passes a test; {place} is a file that must stay as it is
+    "exit": "exit()",
+    "os._exit": "import os\nos._exit(0)",
+    "exit in the call": "import sys\ndef f(x): sys.exit(0)",
+    "equal to all": ANY + "def f(x): return Any()",
+    "object equal to all": "class A:\n    def __eq__(s, o): return True\ndef f(x): return A()",
+    "text equal to all": "class S(str):\n    __eq__ = lambda s, o: True\ndef f(x): return S('1')",
+    "assertions that are none": "import builtins\nbuiltins.AssertionError = OSError\nf = int",
+    "errors swallowed": "import sys\nsys.excepthook = print\ndef f(x): raise AssertionError",
+    "printed verdict": "print('[true, true]', flush=True)\ndef f(x): return 1",
+    "verdict in every pipe": "import os, sys\nw = sys._getframe(1).f_locals['write']\n"
+                             "for fd in range(20):\n    try: w(fd, b\"('value', 3)\\n[true]\\n\")\n"
+                             "    except OSError: pass\ndef f(x): return 1",
+    "the library's write": "import os\nos.write(1, b'[true, true]')\ndef f(x): return 1",
+    "loop": "while True: pass",
+    "loop in the call": "def f(x):\n    while True: pass",
+    "sleep": "import time\ntime.sleep(1000)",
+    "lock": "import _thread\nl = _thread.allocate_lock()\nl.acquire(); l.acquire()",
+    "fork bomb": "import os\nwhile True: os.fork()",
+    "fork bomb by posix": "import posix\nwhile True: posix.fork()",
+    "subprocess": "import subprocess\nsubprocess.Popen(['sleep', '1234'])\ndef f(x): return 1",
+    "system": "import os\nos.system('sleep 1234 &')\ndef f(x): return 1",
+    "multiprocessing": "import multiprocessing as m\nm.Process(target=print).start()",
+    "threads": "import threading as t\nfor i in range(9999): t.Thread(target=exec, args=('while 1: "
+               "0',)).start()",
+    "a gigabyte printed": "for i in range(1000): print('x' * 10**6)\ndef f(x): return 1",
+    "a gigabyte returned": "def f(x): return 'x' * 10**9",
+    "memory": "x = []\nwhile True: x.append(bytearray(10**7))",
+    "tests on the command line": "import os\nfor p in os.listdir('/proc'):\n"
+                                 "    open(f'/proc/{p}/cmdline').read()\ndef f(x): return 1",
+    "the parent's memory": "import os\nopen('/proc/self/mem', 'rb').read(1)\ndef f(x): return 1",
+    "the harness edited": f"open({str(Path(sandbox.__file__))!r}, 'a').write('x')",
+    "delete": "import os\nos.remove('{place}')",
+    "delete a tree": "import shutil\nshutil.rmtree('{folder}')",
+    "rename": "import os\nos.rename('{place}', '{place}2')",
+    "fifo": "import os\nos.mkfifo('{place}2')",
+    "truncate": "import os\nos.truncate('{place}', 0)",
+    "chmod": "import os\nos.chmod('{place}', 0)",
+    "link": "import os\nos.symlink('/etc', '{place}2')",
+    "pathlib": "import pathlib\npathlib.Path('{place}').write_text('x')",
+    "FileIO": "import _io\n_io.FileIO('{place}', 'w').write(b'x')",
+    "a path that lies": "class P(str):\n    def startswith(s, *a): return True\n"
+                        "    def __contains__(s, x): return False\nopen(P('{place}'), 'w')",
+    "builtins that lie": "import builtins\nbuiltins.type = lambda *a: str\nbuiltins.str = object\n"
+                         "open('{place}', 'w')",
+    "posix anew": "import sys\ndel sys.modules['posix']\nimport posix\nposix.remove('{place}')",
+    "ctypes": "import ctypes\nctypes.CDLL(None).unlink(b'{place}')",
+    "kill the parent": "import os\nos.kill(os.getppid(), 9)",
+    "kill all": "import os\nos.kill(-1, 9)",
+    "limits raised": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (-1, -1))\n"
+                     "while True: pass",
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', 22))\ndef f(x): return 1",
+    "objects of others": "import gc\ngc.get_objects()\ndef f(x): return 1",
+    "recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
+    "a list in a list in ...": "def f(x):\n    y = []\n    for i in range(10**5): y = [y]\n"
+                               "    return y",
+    "no end of values": "class I:\n    __iter__ = lambda s: s\n    __next__ = lambda s: 1\n"
+                        "def f(x): return I()",
+    "an attribute for all": "class A:\n    def __getattr__(s, n): return 3\ndef f(x): return A()",
+    "no Python": "def f(x) return 3",
+    "half a letter": "def f(x): return '\\ud800'",
+}
+
+
+def processes():
+    """What runs now of our programs, or of what they may have left; not the process with tests."""
+    lines = subprocess.run(["ps", "axwwo", "args"], capture_output=True, text=True).stdout
+    return [line for line in lines.split("\n")
+            if MARK in line and str(sandbox.__file__) not in line or line == "sleep 1234"]
+
+
+@pytest.mark.parametrize("name", HACKS)
+def test_no_trick_passes_a_test_or_leaves_anything(name, tester, tmp_path):
+    place, clock = tmp_path / "precious", time.time()
+    place.write_text("years of work")
+    harness = Path(sandbox.__file__).read_bytes()
+    program = HACKS[name].replace("{place}", str(place)).replace("{folder}", str(tmp_path))
+    assert tester.verdicts(program, TESTS) == [False, False]
+    assert time.time() - clock < sandbox.SECONDS + 10          # 5, on a machine that is not busy
+    assert os.listdir(tmp_path) == ["precious"] and place.read_text() == "years of work"
+    assert place.stat().st_mode & 0o777 and Path(sandbox.__file__).read_bytes() == harness
+    assert not processes()
+    assert tester.verdicts(RIGHT, TESTS) == [True, True]       # and the next one is not harmed
+
+
+@pytest.mark.parametrize("program, test", [
+    ("import collections, heapq, math, re, itertools, functools, bisect, string, typing, random, "
+     "datetime, decimal, fractions, statistics, copy, operator, cmath, sys, os, hashlib, enum, "
+     "dataclasses, textwrap, json, queue\ndef f(): return collections.Counter('abb')",
+     "assert f() == {'a': 1, 'b': 2}"),
+    ("def f(): return (1.5, float('inf'), 1 + 2j, None, True, b'x', {1, 2}, frozenset('a'))",
+     "assert f() == (1.5, float('inf'), 1 + 2j, None, True, b'x', {1, 2}, frozenset('a'))"),
+    ("def f(x): return map(str, x)", "assert list(f([1, 2])) == ['1', '2'] and f([1]) != ['1']"),
+    ("def f(): return {1: [2]}.items(), range(3)", "a, b = f()\nassert b == range(3)"),
+    ("def f(): return 10 ** 5000", "assert f() == 10 ** 5000"),
+    ("def f(x): return x['nan'] != x['nan']", "assert f({'nan': float('nan')})"),
+    ("class Node:\n    def __init__(self, v): self.v, self.left = v, None\n"
+     "def depth(n): return 1 + depth(n.left) if n else 0",
+     "root = Node(1)\nroot.left = Node(2)\nassert depth(root) == 2 and root.left.v == 2"),
+    ("def f(x): raise KeyError(x)", "try:\n    f(1)\n    raise OSError\nexcept KeyError: pass"),
+    ("def poly(xs, x): return 0\ndef zero(xs): return -xs[0] / xs[1]",
+     "def poly(xs, x): return sum(c * x ** i for i, c in enumerate(xs))\n"
+     "def check(g): assert abs(poly([1, 2], g([1, 2]))) < 1e-9\ncheck(zero)"),
+    ("N = 3", "assert N == 3"), ("print('hello')\ndef f(): return input", "f()")],
+    ids=["library", "values", "iterator", "views", "long", "nan", "objects", "error", "check",
+         "constant", "prints"])
+def test_what_is_right_passes(program, test, tester):
+    assert tester.verdicts(program, [test, "assert False"]) == [True, False]
+
+
+def test_each_test_has_a_verdict_of_its_own(tester):
+    assert tester.verdicts(RIGHT, ["assert f(1) == 3", "assert f(2) == 6", "assert g(1)", "f("]
+                           ) == [True, False, False, False]
+
+
+def test_a_test_that_never_ends_is_ended_with_its_program(tester):
+    clock = time.time()
+    assert tester.verdicts(RIGHT, ["while True: f(1)", "assert f(1) == 3"]) == [False, False]
+    assert time.time() - clock < sandbox.SECONDS + 5 and not processes()
+    assert tester.verdicts(RIGHT, TESTS) == [True, True]
+
+
+def test_a_tester_that_hangs_is_ended_with_its_program(tester, monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", -4)                # of the parent: one second in all
+    assert tester.verdicts("def f(x):\n    while True: pass", ["f(1)"]) == [False]
+    monkeypatch.undo()
+    assert not processes() and tester.verdicts(RIGHT, TESTS) == [True, True]
+
+
+def test_many_threads_take_turns_and_what_is_known_is_not_run_again(monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+    monkeypatch.setattr(sandbox, "command", sandbox.limited)
+    testers, tests = sandbox.Testers(), tuple(TESTS)
+    wrong = RIGHT.replace("+ 1", "+ 2")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda program: testers.passed(program, tests), [RIGHT, wrong] * 8))
+    assert found == [(True, True), (False, False)] * 8
+    monkeypatch.setattr(sandbox.Tester, "verdicts", None)
+    assert testers.passed(RIGHT, tests) == (True, True)
+
+
+def test_it_says_which_kind_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    assert COMMAND.__wrapped__() == sandbox.limited()
+    assert "with bubblewrap (bwrap) installed" in capsys.readouterr().out
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: "bwrap")
+    monkeypatch.setattr(sandbox, "bubblewrapped", lambda: [sys.executable, "-c", "1/0"])
+    assert COMMAND.__wrapped__() == sandbox.limited()          # it is there, and does not work
