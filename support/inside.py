@@ -7,8 +7,10 @@ import sys
 
 KEPT = """fspath fstat getcwd listdir lstat scandir stat stat_result urandom DirEntry PathLike
     error""".split()                   # of what talks to the operating system: to import modules
-NEVER = """ctypes _ctypes _posixsubprocess _posixshmem _multiprocessing posix nt gc _socket fcntl
-    mmap _testcapi _xxsubinterpreters faulthandler readline""".split()     # modules
+NEVER = """ctypes _ctypes _ctypes_test _posixsubprocess _posixshmem _multiprocessing posix nt gc
+    _socket fcntl mmap _testcapi _testinternalcapi _testmultiphase _testclinic _xxsubinterpreters
+    _tkinter _curses _curses_panel faulthandler readline signal spwd pwd grp nis ossaudiodev
+    syslog termios resource _imp""".split()    # modules
 EVENTS = """import exec compile marshal.loads builtins.id builtins.input array.__new__
     object.__getattr__ object.__setattr__ object.__delattr__ sys._getframe sys.excepthook
     sys.unraisablehook""".split()      # of sys.audit: what a program that computes may cause
@@ -18,6 +20,8 @@ class Number:
     def __init__(self, number: int):
         self.number = number
 
+KINDS = frozenset(x for x in vars(sys.modules["builtins"]).values()
+                  if isinstance(x, type) and issubclass(x, BaseException))
 VIEWS = {}.keys().__class__, {}.values().__class__, {}.items().__class__
 
 def written(x, objects: list, depth=0) -> str:
@@ -54,7 +58,8 @@ def given(x, objects: list):
 
 def serve(requests, out: int, write=os.write):
     """Answers requests (verb, object, name, arguments, named arguments) until they end."""
-    objects, scope = [], {"__name__": "program"}
+    program = sys.modules["program"] = type(sys)("program")
+    objects, scope = [], vars(program)
     readable = {"Number": Number, "inf": float("inf"), "nan": float("nan")}
     for line in requests:
         try:
@@ -70,7 +75,8 @@ def serve(requests, out: int, write=os.write):
                 value = scope[name] if target is None else getattr(objects[target], name)
             said = f"('value', {written(value, objects)})\n"
         except BaseException as error:                         # exit() too
-            said = f"('error', {type(error).__name__!r})\n"
+            kinds = [kind.__name__ for kind in type(error).__mro__ if kind in KINDS]
+            said = f"('error', {kinds[0]!r})\n"
         text = said.encode("utf-8", "backslashreplace")
         while text:
             text = text[write(out, text):]
@@ -78,6 +84,11 @@ def serve(requests, out: int, write=os.write):
 def close_doors():
     """No function of the operating system but to look a module up, no module that has others, and
     an audit hook, which no program can take off, for what is left."""
+    for name in set(sys.builtin_module_names) - set(NEVER):    # no other way leads to these ...
+        __import__(name)
+    del sys.modules["_imp"].create_builtin                     # ... or makes a new posix
+    for name in ("dir_fd", "effective_ids", "fd", "follow_symlinks"):      # sets of functions
+        getattr(os, f"supports_{name}").clear()
     system = sys.modules["posix"]
     for name in set(dir(system)) - set(KEPT):
         if callable(getattr(system, name)):
@@ -88,7 +99,9 @@ def close_doors():
     def hook(event, arguments, type=type, str=str):
         """A program may change every builtin name: none of them is used here."""
         if event == "import":
-            fine = type(arguments[0]) is str and arguments[0].partition(".")[0] not in never
+            name, path = arguments[0], arguments[1] if type(arguments[1]) is str else ""
+            fine = type(name) is str and never.isdisjoint(
+                [*name.split("."), path.rpartition("/")[2].partition(".")[0]])
         elif event in ("open", "os.listdir", "os.scandir"):
             path, flags = arguments[0], arguments[2] if event == "open" else 0
             fine = type(path) is str and path.startswith(library) and ".." not in path and not (

@@ -11,16 +11,16 @@ import functools
 import json
 import os
 import queue
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
 SECONDS, MEMORY = 5, 512               # of a program with all its tests; MB
-ANSWER = 10_000_000                    # bytes of a value
+ANSWER = 1_000_000                     # bytes of a value
 LIMITS = (f"ulimit -v {MEMORY * 1024}; ulimit -t {SECONDS}; ulimit -f 0; ulimit -c 0; ulimit -n 64;"
           'ulimit -u 0 2>&- || ulimit -p 0 2>&-; exec "$0" "$@"')          # -u, -p: processes
 
@@ -83,10 +83,10 @@ class Remote:
 
 class Program:
     """A program in its sandbox."""
-    def __init__(self, start: list[str], folder: str):
+    def __init__(self, start: list[str]):
         self.process = subprocess.Popen(
             start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            cwd=folder, env={}, start_new_session=True)
+            cwd="/", env={}, start_new_session=True)
 
     def ask(self, verb: str, number=None, name="", arguments=(), named={}):
         """What it answers; raises what it raised, EOFError where it has ended or says too much."""
@@ -102,7 +102,8 @@ class Program:
             return self.value(what)
         error = getattr(builtins, what, None)
         known = isinstance(error, type) and issubclass(error, Exception)
-        raise error() if known else RuntimeError(what)
+        stop = what in ("StopIteration", "StopAsyncIteration")  # would end a loop of the test
+        raise error() if known and not stop else RuntimeError(what)
 
     def value(self, x):
         """A value as inside.py writes it, read."""
@@ -119,14 +120,14 @@ def run_test(program: Program, test: str):
     """Runs a test, with the names of the program that it uses. Raises if it fails."""
     tree, scope = ast.parse(test), {"__name__": "test"}
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for name in used - vars(builtins).keys():
+    for name in used - vars(builtins).keys() or used:          # a function may be called sum
         with contextlib.suppress(KeyError):
             scope[name] = program.ask("get", None, name)
     exec(compile(tree, "test", "exec"), scope)
 
-def verdicts(source: str, tests: list[str], start: list[str], folder: str, began) -> list[bool]:
+def verdicts(source: str, tests: list[str], start: list[str], began) -> list[bool]:
     """Whether a program passes each test, in SECONDS for all. began(pid) is called first."""
-    program, found = Program(start, folder), [False] * len(tests)
+    program, found = Program(start), [False] * len(tests)
     try:
         began(program.process.pid)
         signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1)     # again, if a test catches it
@@ -149,31 +150,44 @@ class Tester:
     process = None
 
     def verdicts(self, program: str, tests: list[str]) -> list[bool]:
-        """Those of `verdicts`; none is passed where the process has to be ended."""
+        """Those of `verdicts`. A process that has ended is replaced, and asked again, once."""
+        found = None
+        for _ in range(2):
+            found = self.ask(program, tests) if found is None else found
+        return found or [False] * len(tests)
+
+    def ask(self, program: str, tests: list[str]) -> list[bool] | None:
+        """The verdicts; none is passed if the process takes too long; None if it has ended."""
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(                   # in a session of its own: no Ctrl-C
                 [sys.executable, "-P", __file__, json.dumps(command())], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 start_new_session=True)
-        pid = found = ""
+        pid, found, took_long, token = 0, None, [], secrets.token_hex(8)
 
         def stop():
             """The program first: its number is its own as long as its parent lives."""
-            with contextlib.suppress(ValueError, ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+            if pid and self.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.kill()
-        late = threading.Timer(SECONDS + 5, stop)
+        late = threading.Timer(SECONDS + 5, lambda: (took_long.append(1), stop()))
         late.start()
         try:
-            print(json.dumps([program, tests]), file=self.process.stdin, flush=True)
-            pid = self.process.stdout.readline()
-            found = self.process.stdout.readline()
+            print(json.dumps([token, program, tests]), file=self.process.stdin, flush=True)
+            pid = int(self.process.stdout.readline())
+            said, verdict = json.loads(self.process.stdout.readline())
+            if said == token and len(verdict) == len(tests):   # nobody else knows the token
+                found = verdict
+        except (OSError, ValueError, TypeError):               # it has ended, or something else
+            pass
         finally:
             late.cancel()
-            if not found:
+            if found is None:
                 stop()
-                self.process.communicate()
-        return json.loads(found) if found else [False] * len(tests)
+                with contextlib.suppress(OSError, ValueError):
+                    self.process.communicate()
+        return [False] * len(tests) if took_long else found
 
 class Testers:
     """As many as there are cores; threads take turns."""
@@ -202,8 +216,11 @@ if __name__ == "__main__":             # the process: answers a line [program, t
     sys.set_int_max_str_digits(0)
     answers = os.fdopen(os.dup(1), "w")                        # a test may print
     sys.stdout = open(os.devnull, "w")
-    with tempfile.TemporaryDirectory() as empty:
-        for line in sys.stdin:
-            found = verdicts(*json.loads(line), json.loads(sys.argv[1]), empty,
-                             lambda pid: print(pid, file=answers, flush=True))
-            print(json.dumps(found), file=answers, flush=True)
+    with contextlib.suppress(ImportError, ValueError, OSError):    # 2 GB, where it can be limited
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    for line in sys.stdin:
+        token, *what = json.loads(line)
+        found = verdicts(*what, json.loads(sys.argv[1]),
+                         lambda pid: print(pid, file=answers, flush=True))
+        print(json.dumps([token, found]), file=answers, flush=True)

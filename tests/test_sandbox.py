@@ -13,7 +13,8 @@ from support import sandbox
 
 MARK, COMMAND = f"mark-{os.getpid()}", sandbox.command         # on our programs' command lines
 LEVELS = {"bubblewrap": sandbox.bubblewrapped, "limits": sandbox.limited}
-TESTS = ["assert f(1) == 3 and f(2) == 5", "x = f(4)\nassert x == 9 and not x != 9 and x + 1 == 10"]
+TESTS = ["for y, z in zip([3, 5], map(f, [1, 2])): assert y == z\nassert f(1) == 3",
+         "x = f(4)\nassert x == 9 and not x != 9 and x + 1 == 10"]
 RIGHT = "def f(x):\n    return 2 * x + 1"
 
 
@@ -79,6 +80,15 @@ HACKS = {  # none passes a test; {place} is a file that must stay as it is
     "builtins that lie": "import builtins\nbuiltins.type = lambda *a: str\nbuiltins.str = object\n"
                          "open('{place}', 'w')",
     "posix anew": "import sys\ndel sys.modules['posix']\nimport posix\nposix.remove('{place}')",
+    "posix made anew": "import _imp\nclass S: pass\ns = S()\ns.name, s.origin = 'posix', None\n"
+                       "_imp.create_builtin(s).mkfifo('{place}2')",
+    "a module by another name": "import _imp, sys\nclass S: pass\ns = S()\ns.name = 'a._ctypes'\n"
+                                "s.origin = sys.path[2] + '/_ctypes.so'\n_imp.create_dynamic(s)",
+    "functions in a set": "import os\n{f.__name__: f for f in os.supports_dir_fd}['mkfifo']("
+                          "'{place}2')",
+    "Tcl": "import _tkinter\n_tkinter.create(None, '', 'T', 0, 1, 0, 0, None).eval('exec mkdir "
+           "{place}2')",
+    "no more of them": "def f(x): raise StopIteration",
     "ctypes": "import ctypes\nctypes.CDLL(None).unlink(b'{place}')",
     "kill the parent": "import os\nos.kill(os.getppid(), 9)",
     "kill all": "import os\nos.kill(-1, 9)",
@@ -98,10 +108,16 @@ HACKS = {  # none passes a test; {place} is a file that must stay as it is
 
 
 def processes():
-    """What runs now of our programs, or of what they may have left; not the process with tests."""
-    lines = subprocess.run(["ps", "axwwo", "args"], capture_output=True, text=True).stdout
-    return [line for line in lines.split("\n")
-            if MARK in line and str(sandbox.__file__) not in line or line == "sleep 1234"]
+    """What still runs, after three seconds at most, of our programs or of what they may have left;
+    not the process with tests."""
+    for _ in range(30):
+        lines = subprocess.run(["ps", "axwwo", "args"], capture_output=True, text=True).stdout
+        found = [line for line in lines.split("\n")
+                 if MARK in line and str(sandbox.__file__) not in line or line == "sleep 1234"]
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
 
 
 @pytest.mark.parametrize("name", HACKS)
@@ -136,9 +152,14 @@ def test_no_trick_passes_a_test_or_leaves_anything(name, tester, tmp_path):
     ("def poly(xs, x): return 0\ndef zero(xs): return -xs[0] / xs[1]",
      "def poly(xs, x): return sum(c * x ** i for i, c in enumerate(xs))\n"
      "def check(g): assert abs(poly([1, 2], g([1, 2]))) < 1e-9\ncheck(zero)"),
+    ("def sum(a, b): return a + b", "assert sum(1, 2) == 3"),
+    ("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass P:\n"
+     "    x: int\n    next: 'P' = None\ndef f(): return P(1, P(2))", "assert f().next.x == 2"),
+    ("class Own(ValueError): pass\ndef f(): raise Own",
+     "try:\n    f()\n    raise OSError\nexcept ValueError: pass"),
     ("N = 3", "assert N == 3"), ("print('hello')\ndef f(): return input", "f()")],
     ids=["library", "values", "iterator", "views", "long", "nan", "objects", "error", "check",
-         "constant", "prints"])
+         "sum", "dataclass", "own error", "constant", "prints"])
 def test_what_is_right_passes(program, test, tester):
     assert tester.verdicts(program, [test, "assert False"]) == [True, False]
 
@@ -160,6 +181,18 @@ def test_a_tester_that_hangs_is_ended_with_its_program(tester, monkeypatch):
     assert tester.verdicts("def f(x):\n    while True: pass", ["f(1)"]) == [False]
     monkeypatch.undo()
     assert not processes() and tester.verdicts(RIGHT, TESTS) == [True, True]
+
+
+def test_a_tester_that_was_ended_is_replaced_and_asked_again(tester):
+    for _ in range(3):
+        assert tester.verdicts(RIGHT, TESTS) == [True, True]
+        os.kill(tester.process.pid, 9)
+        assert tester.verdicts(RIGHT, TESTS) == [True, True]
+
+
+def test_what_comes_without_the_token_is_no_verdict(tester, monkeypatch):
+    monkeypatch.setattr(sandbox.secrets, "token_hex", lambda n: float("nan"))  # equal to none
+    assert tester.verdicts(RIGHT, TESTS) == [False, False]
 
 
 def test_many_threads_take_turns_and_what_is_known_is_not_run_again(monkeypatch):

@@ -6,7 +6,6 @@ All different, graded by as many threads as there are cores; one in a hundred ne
 """
 
 import os
-import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ def main():
     for level, start in (("bubblewrap", sandbox.bubblewrapped), ("limits", sandbox.limited)):
         words = start()
         sandbox.command = lambda: words
-        testers, slowest = sandbox.Testers(), []
+        testers = sandbox.Testers()
 
         def graded(i):
             """Seconds and verdicts of a program."""
@@ -42,12 +41,10 @@ def main():
         assert all(right for _, right in done)
         slowest = max(s for s, _ in done)
         quick = sorted(s for i, (s, _) in enumerate(done) if i % HANGS)
-        children = resource.getrusage(resource.RUSAGE_CHILDREN)
         rows.append({
             "level": level, "programs": PROGRAMS, "seconds": seconds,
             "a_second": PROGRAMS / seconds, "median_s": quick[len(quick) // 2],
             "slowest_that_ends_s": quick[-1], "slowest_s": slowest,
-            "largest_child_mb": children.ru_maxrss / 1024,
         })
         print(rows[-1], flush=True)
     tables.write(PLACE, list(rows[0]), rows)
