@@ -287,9 +287,9 @@ def story_parts(completion: str, example: dict) -> dict:
     >>> [story_parts(x, {}) for x in ("27+5=<answer>32</answer>", "27+=<answer>32</answer>")]
     [{'format': 1.0}, {'format': 0.5}]"""
     reasoning, _, answer = text_of(completion).partition("<answer>")
-    chain = re.sub(r"</?(?:think|reasoning)>|\s", "", reasoning)
+    said = re.sub(r"</?(?:think|reasoning)>|\s", "", reasoning)
     closed = re.fullmatch(r"\s*(?:\\boxed\{[0-9]+\}|[0-9]+)\s*</answer>\s*", answer)
-    return {"format": (bool(re.fullmatch(CHAIN, chain)) + bool(closed)) / 2}
+    return {"format": (bool(re.fullmatch(CHAIN, said)) + bool(closed)) / 2}
 
 # ------------------------------------------------------------------------------------------ MATH
 def math_answer(completion: str) -> str:

@@ -117,7 +117,7 @@ def open_policy(cfg, train=False, rebuild=False) -> tuple:
 def check_prompts(cfg, examples: list) -> tuple:
     """What is known of cfg.model before it is made or loaded -> Checkpoint, tokenizer, tokens of
     the longest prompt and of a usual one. Raises BadInput if the longest and its completion do not
-    fit, or a prompt has no tokens."""
+    fit, or there is no token for a part of a prompt."""
     if cfg.model in options.TINY:
         tokenizer = tiny.tiny_tokenizer(TASKS[cfg.task].words)
         config, mask_id = tiny.tiny_config(tokenizer, cfg), tokenizer.mask_token_id

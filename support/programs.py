@@ -4,7 +4,6 @@ import random
 import re
 import warnings
 
-
 from support.puzzles import in_split
 from support.sandbox import testers
 
@@ -45,15 +44,17 @@ def code_question(example: dict) -> str:
     return example["text"] + (f"\nIt must pass tests such as:\n{test}" if test else "")
 
 def code_grade(text: str, example: dict) -> float:
-    """1 if the program passes all tests, else 0."""
-    return float(all(passed(code_of(text), example)))
+    """1 if there are tests and the program passes all, else 0."""
+    found = passed(code_of(text), example)
+    return float(bool(found) and all(found))
 
 def code_parts(text: str, example: dict) -> dict:
     """format: 1/2 for a fenced block + 1/2 for Python in it; tests: share passed of those that the
     statement does not show."""
-    found, hidden = code_of(text), passed(code_of(text), example)[bool(shown(example)):]
-    return {"format": (bool(FENCE.search(text)) + parses(found)) / 2,
-            "tests": sum(hidden) / len(hidden)}
+    program = code_of(text)
+    hidden = passed(program, example)[bool(shown(example)):]
+    return {"format": (bool(FENCE.search(text)) + parses(program)) / 2,
+            "tests": sum(hidden) / max(1, len(hidden))}
 
 def code_row(row: dict) -> dict:
     """A row of MBPP (text or prompt, code, test_list) or HumanEval (prompt, entry_point,
@@ -103,14 +104,16 @@ def formula_lazy(example: dict, rng: random.Random) -> str:
 
 def formula_passed(answer: str, example: dict) -> tuple[bool, ...]:
     """Which tests a formula over x passes, as a function of it; what is none passes none."""
-    short = re.fullmatch(r"[x0-9+*() -]{1,60}", answer.strip())
-    return passed(f"def f(x): return {answer.strip()}" if short else "", example)
+    answer = answer.strip()
+    read = re.fullmatch(r"[x0-9+*() -]{1,60}", answer) and "**" not in answer  # (9**9**9 is slow)
+    return passed(f"def f(x): return {answer}" if read else "", example)
 
 def formula_grade(answer: str, example: dict) -> float:
-    """1 if the formula passes all tests, else 0."""
-    return float(all(formula_passed(answer, example)))
+    """1 if there are tests and the formula passes all, else 0."""
+    found = formula_passed(answer, example)
+    return float(bool(found) and all(found))
 
 def formula_parts(answer: str, example: dict) -> dict:
     """format: a formula; tests: share of the tests that it passes."""
     found = formula_passed(answer, example)
-    return {"format": float(parses(answer)), "tests": sum(found) / len(found)}
+    return {"format": float(parses(answer)), "tests": sum(found) / max(1, len(found))}

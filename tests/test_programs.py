@@ -117,7 +117,7 @@ def test_the_contract_of_three_columns():
         assert grade("code", text, ex) == 0
 
 
-def test_formulas_are_split_and_lazy_ones_fit_the_first_pair_only():
+def test_formulas_are_split_and_lazy_ones_fit_the_first_pair_only(monkeypatch):
     train, test = (programs.formula_generate(300, 0, split) for split in ("train", "test"))
     key = TASKS["formula"].key
     assert set(map(key, train)).isdisjoint(map(key, test))
@@ -130,6 +130,11 @@ def test_formulas_are_split_and_lazy_ones_fit_the_first_pair_only():
         fits.append(lazy == ex["code"])
     assert 0 < sum(fits) / len(fits) < 0.3
     assert grade("formula", "x+x+1", {"test_list": ["assert f(3) == 7"]}) == 1   # another way
+    for task in ("code", "formula"):                           # no tests: nothing is solved
+        ex = {"text": "", "code": "x", "test_list": []}
+        assert grade(task, "x", ex) == 0 and reward_parts(task, "x", ex)["tests"] == 0
+    monkeypatch.setattr(programs.testers, "passed", None)      # what is no formula is never run
+    assert grade("formula", "9**9**9", {"test_list": ["assert f(3)"]}) == 0
     assert grade("formula", "__import__('os').name", {"test_list": ["assert f(3)"]}) == 0
 
 
