@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,19 @@ def test_words_share_one_table_and_positions_rotate_as_asked():
         net = tiny_models.tiny_model(tiny_models.tiny_tokenizer(TASKS[task].words), cfg)
         assert (net.get_input_embeddings().weight is net.get_output_embeddings().weight) == tied
         assert net.config.rope_parameters["rope_theta"] == theta
+
+
+def test_each_completion_has_its_own_reward(monkeypatch):
+    """Graded by several threads, in the order of the completions."""
+    examples = TASKS["sudoku"].generate(7, 0, "train")
+    right, ends = [0, 1, 4], types.SimpleNamespace(eos_id=1, turn_id=1)
+    texts = [ex["solution"] if i in right else "no" for i, ex in enumerate(examples)]
+    traj = types.SimpleNamespace(tokens=torch.zeros(7, 16))
+    monkeypatch.setattr(models, "generate", lambda *_: (traj, texts))
+    cfg = models.checked({"task": "sudoku"})
+    _, parts, solved = models.sampler(None, cfg)(ends, examples, None, cfg)
+    assert [i for i, x in enumerate(solved) if x] == right
+    assert [i for i, x in enumerate(parts["correct"]) if x == 3] == right
 
 
 def test_mistakes_in_stories_are_told_apart(monkeypatch):
