@@ -23,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 import agrpo
-from methods import caches, diffpo, scored, sft
+from methods import curriculum, scored, sft
 from methods.models import (OWNERS, Settings, check, check_prompts, choices, generate, lengths,
-                            open_policy, sampler, settle)
+                            method_of, open_policy, sampler, settle)
 from rewards import TASKS, BadInput, try_task
 from support import checkpoints, cost, files, options, processes, rules, runs, saving
 from support.completions import (bootstrap, grade_row, locked_completions, open_completions,
@@ -280,7 +280,8 @@ def parse(argv: list[str]) -> tuple:
     text = agrpo.__doc__.partition("\n\n")[0] + words
     known = {word[2:]: value for word, value in zip(argv, argv[1:])
              if word in ("--task", "--model", "--method", "--preset", "--sft")}
-    given = options.read_flags("agrpo.py", text, owners, argv, lambda: settle(known))
+    given = curriculum.with_length(options.read_flags(
+        "agrpo.py", text, owners, argv, lambda: settle(known)))
     actions = {f.name: given.pop(f.name, None) for f in dataclasses.fields(options.Actions)}
     cfg = settle(given)
     cfg = dataclasses.replace(cfg, name=cfg.name or options.default_name(cfg))
@@ -327,8 +328,9 @@ def run_training(cfg, loop, actions: dict) -> int:
 def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) -> int:
     """In the run's folder: evaluation, the loop, evaluation, table. Returns the exit code."""
     steps, half = options.numbers(cfg.eval_steps, "--eval-steps"), (len(heldout) + 1) // 2
-    run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg, unfinished := []),
-                   unfinished, method_of(cfg, tokenizer),
+    state, unfinished = {}, []
+    run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg, unfinished), unfinished,
+                   state, method_of(cfg, tokenizer, state, unfinished),
                    lambda: evaluate_at(policy, tokenizer, cfg, heldout[:half], steps[0]))
     run.seconds["base_model"] = time.perf_counter() - clock
     say(runs.opening(cfg, policy, len(examples), len(heldout), folder))
@@ -351,20 +353,6 @@ def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) 
          policy.source, policy.base, extra)
     once(runs.report, folder, cfg, heldout, base, after, run.seconds, files.provenance(policy))
     return 0
-
-def method_of(cfg, tokenizer) -> agrpo.Method:
-    """The row of METHODS, with what --sft, --controller and --cache put in place of its step."""
-    method = agrpo.METHODS[cfg.method]
-    if cfg.sft:
-        return agrpo.Method(None, train_step=sft.step_with(tokenizer))
-    if cfg.controller != "off":
-        method = method._replace(train_step=diffpo.controller_step, begin=diffpo.begin)
-    if cfg.cache in options.APPROXIMATE:
-        method = method._replace(train_step=caches.train_step)
-    if cfg.kl and cfg.kl_reference == "old":
-        one_step = method.train_step or agrpo.train_step
-        method = method._replace(train_step=scored.kept_each_step(one_step))
-    return method
 
 def training(argv, loop) -> int:
     """agrpo.py's command line around its loop; returns the exit code: 0 done, 1 the run failed, 2 a

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import agrpo
-from methods import (ROWS, caches, diffpo, diffu_grpo, dipo, join, rows_of, samplers, scored, to,
-                     tracerl)
-from methods.sft import train_base
+from methods import (ROWS, caches, curriculum, diffpo, diffu_grpo, dipo, join, rows_of, samplers,
+                     scored, sft, to, tracerl)
 from rewards import TASKS, grade, overlong, prompt_for, reward_parts
 from support import checkpoints, options, rules, tiny
 from support.processes import once
@@ -21,7 +20,8 @@ OWNERS = {                             # whose settings they are; --help shows t
     "actions": options.Actions, "weights": options.Weights, "reward": options.Reward,
     "tiny": tiny.Settings, "samplers": samplers.Settings, "kl": scored.Settings,
     "diffu-grpo": diffu_grpo.Settings, "diffpo": diffpo.Settings, "tracerl": tracerl.Settings,
-    "dipo": dipo.Settings, "controller": diffpo.ControllerSettings, "cache": caches.Settings}
+    "dipo": dipo.Settings, "controller": diffpo.ControllerSettings, "cache": caches.Settings,
+    "curriculum": curriculum.Settings}
 
 @dataclasses.dataclass(frozen=True)
 class Settings(*(owner for name, owner in OWNERS.items() if name != "actions")):
@@ -31,7 +31,8 @@ def choices() -> dict:
     """The words that settings take from agrpo.py's tables."""
     tables = {"method": "METHODS", "unmasking": "UNMASK", "timesteps": "TIMESTEPS",
               "advantage": "ADVANTAGES", "normalizer": "NORMALIZERS"}
-    return {knob: [*{**getattr(agrpo, table), **ROWS[table]}] for knob, table in tables.items()}
+    return {knob: [*(row for row in getattr(agrpo, table) if row not in ROWS[table]), *ROWS[table]]
+            for knob, table in tables.items()}
 
 def settle(given: dict, may_be_zero=frozenset()) -> Settings:
     """The flags given, and for the rest what task, model, method and preset ask for. Raises
@@ -74,6 +75,7 @@ def check(cfg, given: dict) -> Settings:
 def checked(given: dict) -> Settings:
     """As the command line makes them of these flags, sizes and prompt of task and model included.
     Raises BadInput."""
+    given = curriculum.with_length(given)
     return check(options.with_model(settle(given), given), given)
 
 def tiny_base(cfg, device: str, rebuild: bool = False) -> str:
@@ -82,8 +84,8 @@ def tiny_base(cfg, device: str, rebuild: bool = False) -> str:
 
     def make(tokenizer):
         net = tiny.tiny_model(tokenizer, cfg, block).to(device)
-        train_base(policy_of(net, tokenizer.mask_token_id, tokenizer.eos_token_id, False, block),
-                   tokenizer, cfg)
+        ids = tokenizer.mask_token_id, tokenizer.eos_token_id
+        sft.train_base(policy_of(net, *ids, False, block), tokenizer, cfg)
         return net
     return tiny.base_folder(cfg, block, make, rebuild)
 
@@ -191,3 +193,22 @@ def sampler(tokenizer, cfg, unfinished=None):
                 for n in length.tolist()]
         return traj, parts, solved
     return sample
+
+def method_of(cfg, tokenizer, state=None, unfinished=()) -> agrpo.Method:
+    """The row of METHODS, with what --sft, --controller, --cache and --curriculum put in place of
+    its step. A curriculum keeps its record in `state` {} and reads `unfinished`, the sampler's."""
+    method = agrpo.METHODS[cfg.method]
+    if cfg.sft:
+        return agrpo.Method(None, train_step=sft.step_with(tokenizer))
+    if cfg.controller != "off":
+        method = method._replace(train_step=diffpo.controller_step, begin=diffpo.begin)
+    if cfg.cache in options.APPROXIMATE:
+        method = method._replace(train_step=caches.train_step)
+    one_step, state = method.train_step or agrpo.train_step, {} if state is None else state
+    if cfg.kl and cfg.kl_reference == "old":
+        one_step = scored.kept_each_step(one_step)
+    if cfg.curriculum == "solve_rate":
+        one_step = curriculum.by_solve_rate(one_step, state)
+    elif cfg.curriculum:
+        one_step = curriculum.by_length(one_step, state, unfinished)
+    return method._replace(train_step=one_step)

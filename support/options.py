@@ -121,8 +121,7 @@ def read_flags(prog: str, text: str, owners: dict, argv: list[str], settled=None
     if "model" in given:
         given["model"] = hub_name(given["model"])
     if given.get("template_args"):                             # one spelling of each
-        known = read_template_args(given["template_args"])
-        given["template_args"] = write_template_args(known)
+        given["template_args"] = write_template_args(read_template_args(given["template_args"]))
     return given
 
 def subset(owners: list[type], names: tuple, defaults: dict) -> type:
@@ -346,5 +345,6 @@ def default_name(cfg) -> str:
              *(["sft"] if cfg.sft else [method, cfg.preset]),
              "value" if cfg.value_model == "on" else "",
              f"{cfg.controller}-{cfg.controller_training}" if cfg.controller != "off" else "",
+             f"by-{re.sub('[^a-z0-9_]+', '-', cfg.curriculum)}" if cfg.curriculum else "",
              f"seed{cfg.seed}")
     return "-".join(filter(None, parts))[:100]

@@ -28,7 +28,7 @@ CHOICES = {
 MAY_BE_ZERO = {                        # beside those that are 0 by default
     "max_steps", "rollout_batch", "tokens_per_pass", "entropy_bound", "overlong_from", "warmup",
     "weight_decay", "eval_every", "base_lazy", "dynamic_sampling", "prompt_masking",
-    "importance_cap", "truncation", "gamma", "lam", "alpha"}
+    "importance_cap", "truncation", "gamma", "lam", "alpha", "grow_at"}
 
 def read_weights(task: str, text: str) -> dict:
     """"correct=2,format=0.5" -> the task's weights with these changed. Raises BadInput.
@@ -42,6 +42,22 @@ def read_weights(task: str, text: str) -> dict:
                            f"are {', '.join(weights)}")
         weights[m[1]] = float(m[2])
     return weights
+
+def stages(cfg) -> list:
+    """cfg at each length of its curriculum, or alone: as many tokens a step as at its own length.
+    Raises BadInput."""
+    if cfg.curriculum in ("", "solve_rate"):
+        return [cfg]
+    need(cfg.curriculum[0].isdigit(),
+         f"unknown --curriculum {cfg.curriculum!r}: solve_rate, or lengths such as 128,256,384")
+    lengths, C = numbers(cfg.curriculum, "--curriculum"), cfg.completion_length
+    need(len(lengths) > 1 and 0 < lengths[0] and lengths == sorted(lengths) and lengths[-1] == C,
+         f"--curriculum {cfg.curriculum}: two or more lengths that grow to --completion-length {C}")
+    for n in lengths:
+        need(cfg.steps * n % C == 0, f"--curriculum {cfg.curriculum}: --steps {cfg.steps} at {C} "
+             f"tokens are no whole number of steps at {n}")
+    return [dataclasses.replace(cfg, completion_length=n, steps=cfg.steps * n // C)
+            for n in lengths]
 
 def check_values(cfg, choices: dict, may_be_zero: set):
     """Raises BadInput for a setting that is none of its choices, or a number that is negative,
@@ -62,7 +78,8 @@ GOES_WITH = (                          # settings, and what they act with only
     ("mc_steps timesteps lr kl", "--controller-training joint",
      lambda c: c.controller == "off" or c.controller_training == "joint"),
     ("method unmasking position_term temperature top_k top_p timesteps mc_steps normalizer clip "
-     "clip_high advantage kl kl_reference inner_epochs completions reward_weights overlong_penalty",
+     "clip_high advantage kl kl_reference inner_epochs completions reward_weights overlong_penalty "
+     "curriculum",
      "RL, not with --sft", lambda c: not c.sft),
     ("system_prompt", "--prompt agrpo or d1"),
     ("template_args", "a chat template, not with --model tiny", lambda c: c.model not in TINY),
@@ -78,6 +95,9 @@ GOES_WITH = (                          # settings, and what they act with only
     ("kl", "--inner-epochs 2 or more, or --kl-reference base",
      lambda c: c.inner_epochs > 1 or c.kl_reference == "base"),
     ("lora_alpha", "--lora-rank"), ("overlong_from", "--overlong-penalty"),
+    ("solve_rate_floor", "--curriculum solve_rate"),
+    ("grow_at grow_after", "--curriculum with lengths",
+     lambda c: c.curriculum not in ("", "solve_rate")),
     ("order_score", "--unmasking confidence or plackett_luce"),
     ("tau_pos", "--unmasking plackett_luce"), ("threshold", "--unmasking threshold"),
     ("entropy_bound", "--unmasking entropy_bound"),
@@ -109,13 +129,13 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          f"--model {cfg.model} speaks {speak} only (tasks with generate and lazy): --task "
          f"{cfg.task} needs --model DIR")
     at, C = for_evaluation(cfg), cfg.completion_length
-    for part, all_steps in ((cfg, [cfg.steps] if training else []),
-                            (at, numbers(cfg.eval_steps, "--eval-steps"))):
+    trained = [(part, [part.steps]) for part in stages(cfg)] if training else [(cfg, [])]
+    for part, all_steps in (*trained, (at, numbers(cfg.eval_steps, "--eval-steps"))):
         length, L = part.completion_length, part.block_length
         need(length % L == 0, f"completion length {length} is not a multiple of --block-length {L}")
         fit = [n for n in range(length, 0, -1) if length % n == 0 and n * L % length == 0]
         for steps in all_steps:
-            name = "--steps" if part is cfg or not training else "--eval-steps"
+            name = "--eval-steps" if part is at and training else "--steps"
             need(steps in fit, f"{name} {steps} does not reveal equal parts of {length} tokens, "
                  f"and of each block of {L}; these do: " + ", ".join(map(str, fit)))
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k),
@@ -126,7 +146,8 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          f"{cfg.decay_steps}")
     need(not {"mc_steps"} & set(given) or cfg.mc_steps <= cfg.steps,
          f"--mc-steps {cfg.mc_steps}: there are {cfg.steps} steps; --method exact takes all")
-    for name in ("threshold", "base_lazy", "base_lazy_from", "gamma", "lam"):
+    for name in ("threshold", "base_lazy", "base_lazy_from", "gamma", "lam", "grow_at",
+                 "solve_rate_floor"):
         need(getattr(cfg, name) <= 1, f"{flag(name)} must be at most 1")
     for name in ("overlong_from", "prompt_masking"):
         need(getattr(cfg, name) < 1, f"{flag(name)} must be below 1")
@@ -165,6 +186,10 @@ def validate_update(cfg, order_term: bool, published: dict):
     need(not cfg.update_block or cfg.update_block % cfg.block_length == 0,
          f"--update-block {cfg.update_block} is not a multiple of the rollout's blocks of "
          f"{cfg.block_length}")
+    need(not cfg.curriculum or cfg.controller == "off" and not (
+         cfg.method == "dipo" and cfg.dynamic_sampling and cfg.curriculum == "solve_rate"),
+         f"--curriculum {cfg.curriculum} goes without --controller, and solve_rate without "
+         "--dynamic-sampling, which draws other prompts in place of those that teach nothing")
     need(cfg.controller == "off" or cfg.preset != "justgrpo",
          "--controller sets the order of unmasking, which --preset justgrpo fixes")
     need(cfg.controller == "off" or cfg.value_model == "off" and not cfg.update_block

@@ -108,8 +108,8 @@ def save_checkpoint(path: Path, model, optimizer, **rest):
     write_atomically(path, lambda f: torch.save(state, f))
 
 def load_checkpoint(path: Path, model, optimizer) -> dict:
-    """Puts a checkpoint's weights into model and optimizer; returns its step and seconds. Raises
-    BadInput."""
+    """Puts a checkpoint's weights into model and optimizer; returns its step, seconds and state.
+    Raises BadInput."""
     with refusing(f"{path} cannot be read"):
         try:
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -125,7 +125,7 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
         step, seconds = saved["step"], {k: float(v) for k, v in saved["seconds"].items()}
         if type(step) is not int or step < 0:
             raise ValueError(f"it is of step {step!r}")
-        return {"step": step, "seconds": seconds}
+        return {"step": step, "seconds": seconds, "state": dict(saved.get("state", {}))}
 
 # -------------------------------------------------------------------------------------------- log
 ENDS = {True: ("step", "loss", "grad_norm", "skipped", "lr"),      # columns, of fine-tuning and RL
@@ -138,11 +138,10 @@ def ordered(row: dict) -> dict:
     parts = [k for k in row if k.startswith("reward_")]
     names = ENDS[True] if "loss" in row else ("step", "reward", *parts, *ENDS[False])
     return {k: round(row[k], 3) if k.endswith("_seconds") else row.get(k, "")
-            for k in (*names, *LAST)}
+            for k in (*names, *LAST, *{"completion_length"} & row.keys())}     # by a curriculum
 
 def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
-    """The whole rows of log.csv before a step: what was logged after the checkpoint, or half
-    written, is done again. Raises BadInput."""
+    """Whole rows of log.csv before a step: later ones are done again. Raises BadInput."""
     if not path.is_file():
         return []
     with refusing(path), open(path, newline="", errors="replace") as f:
@@ -209,6 +208,7 @@ class Run:
     examples: list
     sample: Callable                   # as agrpo.sample_step takes it
     unfinished: list                   # of each rollout the share without an end, by sample
+    state: dict                        # what method keeps from step to step
     method: tuple                      # the row of METHODS
     evaluate: Callable                 # () -> a result with solved and seconds
     seconds: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(
@@ -227,6 +227,7 @@ class Run:
             saved = load_checkpoint(self.checkpoint, self.policy, optimizer)
             start = saved["step"]
             self.seconds.update(saved["seconds"])
+            self.state.update(saved["state"])
             self.last = once(self.within_hours, start)
             if start >= self.last:
                 end = "max-steps" if start == self.cfg.max_steps else f"hours {self.cfg.hours:g}"
@@ -271,7 +272,7 @@ class Run:
             append_log(self.folder / "log.csv", row)
         if self.first and save:
             save_checkpoint(self.checkpoint, self.policy, self.optimizer, step=done,
-                            seconds=self.seconds)
+                            seconds=self.seconds, state=self.state)
         self.track(row)
         if self.skipped == GIVE_UP:
             raise FloatingPointError(
@@ -345,6 +346,5 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
         lines.append({"steps": b["steps"], "NFE": f"{was}{t['nfe']:.1f}", "base": percent(b),
                       "trained": percent(t)})
     print(table(lines))
-    figure = "curve" if rows else "frontier"
     print(f"{len(rows)} training step{'s' * (len(rows) != 1)}, {seconds['total']:.0f} s in all. "
-          f"Look at {folder}/{figure}.png and {folder}/samples.txt")
+          f"Look at {folder}/{'curve' if rows else 'frontier'}.png and {folder}/samples.txt")

@@ -280,7 +280,7 @@ def test_the_pace_so_far_decides_how_many_steps_the_hours_allow(tmp_path):
     (tmp_path / "eval_base.json").write_text(json.dumps([
         {"steps": 16, "solved": 0.0, "ci95": [0, 1], "n": 1, "nfe": 1.0, "completions": [],
          "seconds": seconds} for seconds in (100.0, 50.0)]))
-    run = runs.Run(cfg, tmp_path, None, [], None, [], None, None)
+    run = runs.Run(cfg, tmp_path, None, [], None, [], {}, None, None)
     run.seconds |= {"rollout": 200.0, "update": 80.0, "eval": 20.0}
     # 3600 - 2 x 150 - 300 s; 28 s a step so far, and a point of the curve (100 / 2 s) every 20
     assert run.within_hours(10) == 10 + int(3000 / (28 + 50 / 20))

@@ -52,9 +52,11 @@ ARMS = {  # lever: {setting: flags}; K = 1, low confidence and half of the steps
 }
 
 
-def run(task: str, seed: int, flags: str, budget: float = 0, points=POINTS, **optim) -> list[dict]:
+def run(
+    task: str, seed: int, flags: str, budget: float = 0, points=POINTS, pool=None, **optim
+) -> list[dict]:
     """One run of `budget` seconds (0: the task's) -> its held-out shares, from the base model on.
-    optim: what to set in the optimizer, such as betas."""
+    pool: examples to train on, by default all. optim: what to set in the optimizer, as betas."""
     C, budget = FULL[task], budget or BUDGET[task]
     flags = flags.replace("FULL", str(C)).replace("QUARTER", str(C // 4)).split()
     cfg, _ = evaluation.parse(
@@ -64,10 +66,12 @@ def run(task: str, seed: int, flags: str, budget: float = 0, points=POINTS, **op
     C = int(cfg.eval_steps.split(",")[0])  # tiny-block: more, a block may be cut
     policy, tokenizer = models.open_policy(cfg, train=True)
     train, test = data.load_split(task, cfg.train_examples, 256, seed)
-    optimizer, sample = agrpo.make_optimizer(policy, cfg), models.sampler(tokenizer, cfg)
+    train = train[:pool]
+    optimizer, unfinished = agrpo.make_optimizer(policy, cfg), []
+    sample = models.sampler(tokenizer, cfg, unfinished)
     for group in optimizer.param_groups:
         group |= optim
-    method = evaluation.method_of(cfg, tokenizer)
+    method = evaluation.method_of(cfg, tokenizer, {}, unfinished)
     method.begin(policy, optimizer, cfg)
     if cfg.kl:
         scored.keep_reference(policy)
@@ -91,7 +95,7 @@ def run(task: str, seed: int, flags: str, budget: float = 0, points=POINTS, **op
                 {"seconds": seconds, "step": step, **total, "held_out": measured()}
                 | {"rollout": rollout / seconds}
             )
-    if task == "story":
+    if task != "sudoku":
         return rows
     at = dataclasses.replace(options.for_evaluation(cfg), unmasking="left_to_right", steps=C)
     rows[-1]["left_to_right"] = evaluation.evaluate(

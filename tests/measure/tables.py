@@ -256,6 +256,35 @@ def compare(only: str = "") -> str:
                      "minus the default, by seed", "at most below its best"], lines)
 
 
+def curriculum() -> str:
+    """Seconds to a held-out share, and the share at the end, with and without each curriculum."""
+    lines, share = [], 0.6
+    for (task, pool), own in groups(read("curriculum.csv"), "task", "examples").items():
+        plain = []
+        for (arm,), mine in groups(own, "curriculum").items():
+            runs = [run for _, run in sorted(groups(mine, "seed").items())]
+            when = [first(share, [(r["held_out"], r["seconds"]) for r in run]) for run in runs]
+            ends = [100 * run[-1]["held_out"] for run in runs]
+            plain = plain or ends
+            lines.append([
+                task, f"{pool:.0f}", arm, f"{statistics.mean(r[-1]['step'] for r in runs):.0f}",
+                f"{statistics.mean(r[-1]['passes'] / r[-1]['step'] for r in runs):.0f}",
+                ", ".join(f"{s:.0f}" if s else "never" for s in when), spread(ends),
+                ", ".join(f"{a - b:+.1f}" for a, b in zip(ends, plain)),
+            ])
+    return markdown(["task", "examples", "curriculum", "steps", "passes a step",
+                     f"seconds to {100 * share:.0f} %, by seed", "at the end, %",
+                     "minus none, by seed"], lines)
+
+
+def first(x: float, points: list[tuple]) -> float | None:
+    """Where points (x, y) first reach x, linear between them; None if they do not."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x1 >= x:
+            return y0 + (y1 - y0) * max(0.0, x - x0) / (x1 - x0) if x0 < x else y0
+    return None
+
+
 def advantage() -> str:
     lines = []
     for (task,), own in groups(read("advantage.csv"), "task").items():
@@ -672,6 +701,7 @@ TABLES = {
         seeds,
         methods,
         compare,
+        curriculum,
         advantage,
         fewer_steps,
         mistakes,

@@ -1,0 +1,131 @@
+"""Protects the curricula: prompts drawn by their own record, completions that grow, the state that
+both keep. Resuming with them: test_train.py. Run: pytest tests/test_curriculum.py"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import agrpo
+from methods import curriculum, models
+
+CFG = models.Settings(prompts=3, completions=4, curriculum="solve_rate", solve_rate_floor=0.2)
+
+
+def state_of(solved, seen, mean):
+    return {"solved": torch.tensor(solved, dtype=torch.float64),
+            "seen": torch.tensor(seen, dtype=torch.float64), "mean": mean}
+
+
+def test_chances_are_p_times_one_minus_p_with_a_floor():
+    state = state_of([0, 7, 3, 0], [7, 7, 7, 0], 0.5)          # never, always, at times, not drawn
+    p = torch.tensor([0.5 / 8, 7.5 / 8, 3.5 / 8, 0.5], dtype=torch.float64)
+    want = 0.8 * p * (1 - p) / (p * (1 - p)).sum() + 0.2 / 4
+    assert torch.allclose(curriculum.chances(state, 0.2), want, rtol=1e-7)
+    assert curriculum.chances(state, 0.2).argsort().tolist()[2:] == [2, 3]
+    state["mean"] = 1.0                                        # all else is easy by now
+    assert curriculum.chances(state, 0.2).argmax() == 2
+    assert torch.equal(curriculum.chances(state, 1.0), torch.full((4,), 0.25).double())
+
+
+def test_a_record_forgets_by_halves():
+    state = state_of([4.0, 0, 1], [4.0, 4, 1], 0.5)
+    curriculum.record(state, [0, 2], [1.0, 0, 0, 0, 1, 1, 1, 0])
+    assert state["solved"].tolist() == [3, 0, 3.5] and state["seen"].tolist() == [6, 4, 4.5]
+    assert state["mean"] == 0.5
+
+
+def rollout(policy, examples, keys, cfg):
+    """A sampler: example i is right in (i % 5) of 4 completions, or 4."""
+    solved = [float(n % 4 < ex % 5) for n, ex in enumerate(examples)]
+    traj = SimpleNamespace(nfe=torch.ones(1), entropy=torch.ones(1), tokens=torch.ones(1, 1))
+    return traj, {"correct": solved}, solved
+
+
+def one_step(policy, optimizer, examples, step, cfg, sample):
+    return agrpo.sample_step(policy, examples, step, cfg, sample)[2]
+
+
+@pytest.mark.parametrize("n", [20, 2])
+def test_each_prompt_has_its_own_record_and_those_at_times_solved_come_most(n):
+    state, seen = {}, []
+
+    def sample(policy, examples, keys, cfg):
+        seen.append(examples[::4])
+        return rollout(policy, examples, keys, cfg)
+    step_of = curriculum.by_solve_rate(one_step, state)
+    for step in range(200):
+        step_of(None, None, list(range(n)), step, CFG, sample)
+        assert n < 3 or len({*seen[-1]}) == 3                  # none twice
+    p = state["solved"] / state["seen"]
+    assert torch.allclose(p, torch.arange(n).double() % 5 / 4)
+    if n == 20:                                                # draws of p = 0, 1/4, 1/2, 3/4, 1
+        draws = torch.tensor(seen).flatten() % 5
+        draws = torch.bincount(draws, minlength=5) / len(draws)
+        assert draws[1:4].min() > 2 * draws[[0, 4]].max() and draws[2] > draws[[1, 3]].max()
+        assert draws[[0, 4]].min() > 0.2 / 5 / 2               # the floor
+    again = {}
+    for step in range(200):
+        curriculum.by_solve_rate(one_step, again)(None, None, list(range(n)), step, CFG, rollout)
+    assert torch.equal(again["seen"], state["seen"])           # its own generator
+
+
+def grown(curriculum_, unfinished, **settings):
+    """Lengths and steps of T that each step of a run has."""
+    cfg = dataclasses.replace(CFG, completion_length=16, steps=8, block_length=4,
+                              curriculum=curriculum_, **settings)
+    shares, lengths, rows = [], [], []
+
+    def step(policy, optimizer, examples, step, cfg, sample):
+        lengths.append((cfg.completion_length, cfg.steps))
+        shares.append(unfinished[step])
+        return {"step": step}
+    step_of = curriculum.by_length(step, state := {}, shares)
+    for i in range(len(unfinished)):
+        rows.append(step_of(None, None, [], i, cfg, None))
+    assert [row["completion_length"] for row in rows] == [C for C, _ in lengths]
+    assert sum(state["steps"]) == len(unfinished)
+    return lengths
+
+
+def test_completions_grow_where_too_many_have_no_end_or_after_so_many_steps(capsys):
+    shares = [0.1, 0.3, 0.1, 0.4, 0.9]
+    assert grown("4,8,16", shares) == [(4, 2), (4, 2), (8, 4), (8, 4), (16, 8)]
+    assert capsys.readouterr().out == (
+        "after step 1: completions of 8 tokens, 30 % of those of 4 had no end\n"
+        "after step 3: completions of 16 tokens, 40 % of those of 8 had no end\n")
+    assert grown("8,16", shares, grow_at=0.35) == [(8, 4)] * 4 + [(16, 8)]
+    assert grown("8,16", shares, grow_at=1.0, grow_after=2) == [(8, 4)] * 2 + [(16, 8)] * 3
+    assert grown("8,16", shares, grow_at=1.0) == [(8, 4)] * 5
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-block"])
+def test_the_last_length_is_the_completions(model):
+    cfg = models.checked({"model": model, "task": "story", "curriculum": "8,16"})
+    assert cfg.completion_length == 16 and models.checked({"model": model}).curriculum == ""
+    given = {"model": model, "task": "story", "curriculum": "8,16", "completion_length": 16}
+    assert models.checked(given) == cfg
+
+
+def test_rollouts_and_updates_of_a_shorter_length(here, quick):
+    """The real sampler and loop at each length, with the share without an end by the sampler."""
+    cfg = models.checked({"task": "story", "curriculum": "8,16", "grow_at": 0.0, "base_steps": 4,
+                          "base_batch": 4, "train_examples": 32, "prompts": 2, "completions": 4})
+    policy, tokenizer = models.open_policy(cfg, train=True)
+    unfinished, state = [], {}
+    step_of = models.method_of(cfg, tokenizer, state, unfinished).train_step
+    optimizer, sample = agrpo.make_optimizer(policy, cfg), models.sampler(
+        tokenizer, cfg, unfinished)
+    shapes = []
+
+    def watched(*args):
+        traj, *rest = sample(*args)
+        shapes.append(traj.tokens.shape[1])
+        return traj, *rest
+    from rewards import TASKS
+    examples = TASKS["story"].generate(8, 0, "train")
+    rows = [step_of(policy, optimizer, examples, i, cfg, watched) for i in range(3)]
+    grew = next(i for i, share in enumerate(unfinished) if share > 0)
+    assert shapes == [8] * (grew + 1) + [16] * (2 - grew) == [r["completion_length"] for r in rows]
+    assert grew < 2
