@@ -4,6 +4,7 @@ support/sandbox.py starts this text alone, in an interpreter without packages. I
 names, calls and their arguments come in, and only plain values go out."""
 import os
 import sys
+from _collections import deque
 
 KEPT = """fspath fstat getcwd listdir lstat scandir stat stat_result urandom DirEntry PathLike
     error""".split()                   # of what talks to the operating system: to import modules
@@ -20,12 +21,14 @@ class Number:
     def __init__(self, number: int):
         self.number = number
 
-KINDS = frozenset(x for x in vars(sys.modules["builtins"]).values()
-                  if isinstance(x, type) and issubclass(x, BaseException))
+TYPES = {x: name for name, x in vars(sys.modules["builtins"]).items() if isinstance(x, type)}
+KINDS = frozenset(x for x in TYPES if issubclass(x, BaseException))
+SERIES = dict, list, tuple, set, frozenset, deque, bytearray
 VIEWS = {}.keys().__class__, {}.values().__class__, {}.items().__class__
 
 def written(x, objects: list, depth=0) -> str:
-    """A value as text that holds plain values alone; any other is kept, and its number written."""
+    """A value as text that holds plain values alone; any other is kept, and its number written:
+    the same for the same object."""
     if depth > 50:
         raise RecursionError
     if x is None or x is True or x is False or x is ...:
@@ -38,10 +41,18 @@ def written(x, objects: list, depth=0) -> str:
             return f"({kind.__name__!r}, {kind.__repr__(x)!r})"
     if type(x) is range:
         return f"('range', [{x.start}, {x.stop}, {x.step}])"
-    kind = next((kind for kind in (dict, list, tuple, set, frozenset) if isinstance(x, kind)), None)
+    if type(x) is type and x in TYPES:
+        return f"('type', {TYPES[x]!r})"
+    if type(x).__name__ == "Decimal":
+        return f"('Decimal', {str.__repr__(str(x))})"
+    if type(x).__name__ == "Fraction":
+        return f"('Fraction', [{int.__repr__(x.numerator)}, {int.__repr__(x.denominator)}])"
+    kind = next((kind for kind in SERIES if isinstance(x, kind)), None)
     if kind is None and not isinstance(x, VIEWS) and not hasattr(type(x), "__next__"):
-        objects.append(x)
-        return f"('object', {len(objects) - 1})"
+        known = (i for i, other in enumerate(objects) if other is x)
+        if (number := next(known, len(objects))) == len(objects):
+            objects.append(x)
+        return f"('object', {number})"
     parts = x.items() if kind is dict else x
     if kind is dict:
         parts = [(key, value) for key, value in parts]

@@ -7,7 +7,10 @@ plain, too, and is copied: a test that looks at an argument again sees it unchan
 import ast
 import builtins
 import contextlib
+import decimal
+import fractions
 import functools
+import importlib
 import json
 import os
 import queue
@@ -17,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 
 SECONDS, MEMORY = 5, 512               # of a program with all its tests; MB
@@ -42,8 +46,8 @@ def bubblewrapped() -> list[str]:
     interpreter = os.path.dirname(os.path.realpath(sys.executable))
     for path in ("/etc/ld.so.cache", sys.base_prefix, interpreter):
         words += ["--ro-bind-try", path, path]
-    return [*words, "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/tmp",
-            *limited()]
+    return [*words, "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--remount-ro", "/tmp",
+            "--chdir", "/tmp", *limited()]
 
 @functools.cache
 def command() -> list[str]:
@@ -81,16 +85,31 @@ class Remote:
     def __repr__(self):
         return f"Number({self._number})"
 
+class Name(str):
+    """A word to be read as it stands."""
+    __repr__ = str.__str__
+
+def sent(x):
+    """An argument as inside.py reads its repr: built-in types by their names."""
+    if isinstance(x, type) and vars(builtins).get(x.__name__) is x:
+        return Name(x.__name__)
+    if type(x) in (list, tuple, set, frozenset):
+        return type(x)(map(sent, x))
+    return {sent(k): sent(v) for k, v in x.items()} if type(x) is dict else x
+
+SERIES = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, deque, bytearray)}
+
 class Program:
     """A program in its sandbox."""
     def __init__(self, start: list[str]):
+        self.remotes = {}              # by number: the same object is the same to a test
         self.process = subprocess.Popen(
             start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             cwd="/", env={}, start_new_session=True)
 
     def ask(self, verb: str, number=None, name="", arguments=(), named={}):
         """What it answers; raises what it raised, EOFError where it has ended or says too much."""
-        request = repr((verb, number, name, arguments, named))
+        request = repr((verb, number, name, sent(arguments), sent(named)))
         self.process.stdin.write(request.encode("utf-8", "backslashreplace") + b"\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline(ANSWER)
@@ -110,19 +129,28 @@ class Program:
         if not isinstance(x, tuple):
             return x
         kind, what = x
-        if kind in ("float", "complex"):
-            return getattr(builtins, kind)(what)
-        if kind in ("list", "tuple", "set", "frozenset", "iter", "dict"):
-            return getattr(builtins, kind)([self.value(y) for y in what])
-        return range(*what) if kind == "range" else Remote(self, int(what))
+        if kind in SERIES or kind == "iter":
+            return SERIES.get(kind, iter)([self.value(y) for y in what])
+        if kind == "object":
+            return self.remotes.setdefault(what, Remote(self, what))
+        make = {"float": float, "complex": complex, "Decimal": decimal.Decimal,
+                "Fraction": lambda parts: fractions.Fraction(*parts),
+                "range": lambda parts: range(*parts), "type": vars(builtins).get}
+        return make[kind](what)
 
 def run_test(program: Program, test: str):
-    """Runs a test, with the names of the program that it uses. Raises if it fails."""
+    """Runs a test, with the names of the program that it uses; a module of the library, as in
+    math.isclose, is the library's own. Raises if it fails."""
     tree, scope = ast.parse(test), {"__name__": "test"}
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    nodes = list(ast.walk(tree))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
     for name in used - vars(builtins).keys() or used:          # a function may be called sum
         with contextlib.suppress(KeyError):
             scope[name] = program.ask("get", None, name)
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (name := node.value.id) in sys.stdlib_module_names:
+                scope[name] = importlib.import_module(name)
     exec(compile(tree, "test", "exec"), scope)
 
 def verdicts(source: str, tests: list[str], start: list[str], began) -> list[bool]:

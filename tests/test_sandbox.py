@@ -157,11 +157,37 @@ def test_no_trick_passes_a_test_or_leaves_anything(name, tester, tmp_path):
      "    x: int\n    next: 'P' = None\ndef f(): return P(1, P(2))", "assert f().next.x == 2"),
     ("class Own(ValueError): pass\ndef f(): raise Own",
      "try:\n    f()\n    raise OSError\nexcept ValueError: pass"),
+    ("import decimal, fractions\ndef f(): return decimal.Decimal('0.1'), fractions.Fraction(1, 3)",
+     "import decimal, fractions\nassert f() == (decimal.Decimal('0.1'), fractions.Fraction(1, 3))"),
+    ("import collections\ndef f(): return collections.deque([1, {2}]), bytearray(b'ab')",
+     "import collections\nassert f() == (collections.deque([1, {2}]), bytearray(b'ab'))"),
+    ("import enum\nclass Colour(enum.Enum):\n    RED, BLUE = 1, 2\ndef f(x): return Colour.RED",
+     "assert f(1) == Colour.RED and f(1) != Colour.BLUE and f(1).name == 'RED'"),
+    ("def f(xs, kind): return [x for x in xs if not isinstance(x, kind)], type(xs)",
+     "assert f([1, 'a', 2.5], int) == (['a', 2.5], list) and f((1,), (str, int)) == ([], tuple)"),
+    ("def f(x): return x / 3", "assert math.isclose(f(1), 0.333, rel_tol=0.01)"),
+    ("def math(x): return 2 * x", "assert math(4) == 8"),
     ("N = 3", "assert N == 3"), ("print('hello')\ndef f(): return input", "f()")],
     ids=["library", "values", "iterator", "views", "long", "nan", "objects", "error", "check",
-         "sum", "dataclass", "own error", "constant", "prints"])
+         "sum", "dataclass", "own error", "fractions", "deque", "enum",
+         "types", "library in the test", "a function called math", "constant", "prints"])
 def test_what_is_right_passes(program, test, tester):
     assert tester.verdicts(program, [test, "assert False"]) == [True, False]
+
+
+@pytest.mark.parametrize("program", [
+    "class math: isclose = lambda *a, **k: True\ndef f(x): return 0",
+    "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 0"])
+def test_a_program_does_not_bring_the_library_of_a_test(program, tester):
+    assert tester.verdicts(program, ["assert math.isclose(f(1), 3.0)"]) == [False]
+
+
+@pytest.mark.parametrize("kind, text", [
+    ("Fraction", "numerator, denominator = 'x', 1"), ("Fraction", "numerator = 1"),
+    ("Decimal", "__str__ = lambda s: 'x'"), ("Decimal", "__str__ = lambda s: 1")])
+def test_a_value_that_only_bears_the_name_of_a_number_is_none(kind, text, tester):
+    program = f"class {kind}:\n    {text}\ndef f(x): return {kind}()"
+    assert tester.verdicts(program, ["f(1)", "assert f(1) == 3"]) == [False, False]
 
 
 def test_each_test_has_a_verdict_of_its_own(tester):
