@@ -94,9 +94,10 @@ def from_hub(task: str, split: str, skip: bool = False) -> list[dict]:
     try:
         rows = list(datasets.load_dataset(name, config, split=part))
     except Exception as error:                             # many kinds, from three libraries
-        column = "problem" if task == "math" else "question"
+        columns = {"math": "problem and answer", "code": "text, code and test_list"}
         raise BadInput(f"cannot load {name} ({type(error).__name__}): without network give --data "
-                       f"FILE, lines of JSON with {column} and answer") from None
+                       f"FILE, lines of JSON with {columns.get(task, 'question and answer')}"
+                       ) from None
     examples = []
     for number, row in enumerate(rows, start=1):
         with refusing(f"{name}, {part}, row {number}"):
