@@ -328,9 +328,9 @@ def run_training(cfg, loop, actions: dict) -> int:
 def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) -> int:
     """In the run's folder: evaluation, the loop, evaluation, table. Returns the exit code."""
     steps, half = options.numbers(cfg.eval_steps, "--eval-steps"), (len(heldout) + 1) // 2
-    state, unfinished = {}, []
-    run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg, unfinished), unfinished,
-                   state, method_of(cfg, tokenizer, state, unfinished),
+    state, cut = {}, []
+    run = runs.Run(cfg, folder, policy, examples, sampler(tokenizer, cfg, cut), cut, state,
+                   method_of(cfg, tokenizer, state),
                    lambda: evaluate_at(policy, tokenizer, cfg, heldout[:half], steps[0]))
     run.seconds["base_model"] = time.perf_counter() - clock
     say(runs.opening(cfg, policy, len(examples), len(heldout), folder))

@@ -42,6 +42,20 @@ def mapped(change, traj):
     return type(traj)(**{name: change(x) if isinstance(x, torch.Tensor) else x
                          for name, x in vars(traj).items()})
 
+def lengths(traj, policy):
+    """(N,) tokens before the first EOS or end of turn, where a completion ends."""
+    end = (traj.tokens == policy.eos_id) | (traj.tokens == policy.turn_id)
+    return (~end).int().cumprod(1).sum(1)
+
+def room(traj, policy, cfg):
+    """(N,) tokens that could be written: all but what a block-causal model leaves to the prompt."""
+    return (policy.blocks(traj.prompt_mask, cfg.completion_length, cfg.block_length)
+            < cfg.completion_length).sum(1)
+
+def unfinished(traj, policy, cfg):
+    """(N,) whether a completion has no end."""
+    return lengths(traj, policy) >= room(traj, policy, cfg)
+
 def join(parts: list):
     """The rows of all trajectories, prompts padded to the widest."""
     P, joined = max(part.prompt.shape[1] for part in parts), {}

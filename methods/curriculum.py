@@ -1,10 +1,12 @@
 """Curricula: what is learned first. Off by default; both change what is maximised.
 
 solve_rate: a prompt that is always or never solved teaches nothing, so prompts are drawn in
-proportion to p (1 - p) (arXiv 2502.12272), p the share of their own past completions that was
+proportion to p (1 - p) (after arXiv 2502.12272), p the share of their own past completions that was
 right. It needs prompts that come back: fewer examples than steps x prompts.
 Lengths such as 128,256,384: completions begin short and grow (TraceRL, arXiv 2509.06949, trains
 long reasoning in stages). Steps grow with them: as many tokens a step as at the last length.
+The logged reward and solved share are those of the prompts drawn, at the length of the moment:
+across steps only `heldout` compares.
 """
 import dataclasses
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 import agrpo
+from methods import unfinished
 from support.processes import say
 from support.rules import stages
 
@@ -21,36 +24,42 @@ class Settings:
     curriculum: str = ""               # solve_rate: prompts by their record; 128,256,384: lengths
     solve_rate_floor: float = 0.1      # share of draws that are even
     grow_at: float = 0.25              # longer when more than this share of completions has no end
-    grow_after: int = 0                # longer after so many steps at a length; 0: never for that
+    grow_after: int = 0                # longer after so many steps at a length; 0: no such limit
 
 def with_length(given: dict) -> dict:
     """The flags given; the last of a curriculum's lengths is also the completion's."""
     last = given.get("curriculum", "").split(",")[-1].strip()
     return {"completion_length": int(last), **given} if last.isdecimal() else given
 
-MEMORY, PRIOR = 0.5, 1.0               # what a past rollout still counts; completions as expected
+MEMORY = 0.5                           # weight of a prompt's earlier completions in its record
+PRIOR = 1.0                            # completions that a record begins with, at the mean of all
 
 def chances(state: dict, floor: float) -> torch.Tensor:
-    """(n,) of each prompt, in proportion to p (1 - p), with a floor. What was never drawn has the
-    p of all completions of the step before."""
-    p = (state["solved"] + PRIOR * state["mean"]) / (state["seen"] + PRIOR)
+    """(n,) of each prompt, in proportion to p (1 - p), with a floor. What was not drawn yet has the
+    mean p of the prompts that were, at first 1/2."""
+    solved, seen = state["solved"], state["seen"]
+    drawn = seen > 0
+    mean = (solved[drawn] / seen[drawn]).mean() if drawn.any() else 0.5
+    p = (solved + PRIOR * mean) / (seen + PRIOR)
     return agrpo.proposal((p * (1 - p))[None], torch.ones(1, len(p)), floor)[0]
 
 def record(state: dict, index: list, solved: list):
     """Adds a rollout: G completions for each prompt of index (B,), solved (B G,)."""
     right = torch.as_tensor(solved, dtype=torch.float64).view(len(index), -1)      # (B, G)
-    for name, new in (("solved", right.sum(1)), ("seen", right.shape[1])):
-        state[name][index] = MEMORY * state[name][index] + new
-    state["mean"] = float(right.mean())
+    for i, new in zip(index, right):
+        state["solved"][i] = MEMORY * state["solved"][i] + new.sum()
+        state["seen"][i] = MEMORY * state["seen"][i] + len(new)
 
 def by_solve_rate(one_step: Callable, state: dict) -> Callable:
-    """one_step on prompts drawn by their record, none twice in a step. state: what is kept from
-    step to step, changed in place."""
+    """one_step on prompts drawn by their record, none twice in a step if there are enough. state:
+    what is kept from step to step, changed in place."""
     def step_of(policy, optimizer, examples, step: int, cfg, sample) -> dict:
         n, B, g = len(examples), cfg.prompts, agrpo.generator("curriculum", cfg.seed, step)
-        for name in ("solved", "seen"):
-            state.setdefault(name, torch.zeros(n, dtype=torch.float64))
-        state.setdefault("mean", 0.5)
+        if not state:
+            state.update(solved=torch.zeros(n).double(), seen=torch.zeros(n).double())
+            if cfg.max_steps * B < 2 * n:
+                say(f"--curriculum solve_rate: {cfg.max_steps * B} draws from {n} examples, few "
+                    "come back, so that their record hardly matters")
         p = chances(state, cfg.solve_rate_floor)
         drawn = p.multinomial(B, replacement=B > n, generator=g).tolist()
         index = agrpo.batch_of_examples(drawn, step, cfg)      # the order that sample_step takes
@@ -62,17 +71,22 @@ def by_solve_rate(one_step: Callable, state: dict) -> Callable:
         return one_step(policy, optimizer, [examples[i] for i in drawn], step, cfg, recorded)
     return step_of
 
-def by_length(one_step: Callable, state: dict, unfinished: list) -> Callable:
-    """one_step at the length of the moment. unfinished: of each rollout the share without an end,
-    by the sampler; state as above."""
+def by_length(one_step: Callable, state: dict) -> Callable:
+    """one_step at the length of the moment; state as above."""
     def step_of(policy, optimizer, examples, step: int, cfg, sample) -> dict:
-        at, last = stages(cfg), state.setdefault("steps", [0])     # steps at each length so far
-        now = at[len(last) - 1]
-        row = one_step(policy, optimizer, examples, step, now, sample)
-        last[-1] += 1
-        if len(last) < len(at) and (unfinished[-1] > cfg.grow_at or last[-1] == cfg.grow_after):
-            last.append(0)
-            say(f"after step {step}: completions of {at[len(last) - 1].completion_length} tokens, "
-                f"{100 * unfinished[-1]:.0f} % of those of {now.completion_length} had no end")
+        at_length, done = stages(cfg), state.setdefault("steps", [0])      # at each length so far
+        now, cut = at_length[len(done) - 1], []
+
+        def watched(policy, batch, keys, cfg):
+            traj, *rest = sample(policy, batch, keys, cfg)
+            cut.append(unfinished(traj, policy, cfg).double())
+            return traj, *rest
+        row = one_step(policy, optimizer, examples, step, now, watched)
+        done[-1] += 1
+        share = float(torch.cat(cut).mean())
+        if len(done) < len(at_length) and (share > cfg.grow_at or done[-1] == cfg.grow_after):
+            say(f"after step {step}: completions of {at_length[len(done)].completion_length} "
+                f"tokens, {100 * share:.0f} % of those of {now.completion_length} had no end")
+            done.append(0)
         return {**row, "completion_length": now.completion_length}
     return step_of

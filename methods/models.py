@@ -5,11 +5,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
 import agrpo
-from methods import (ROWS, caches, curriculum, diffpo, diffu_grpo, dipo, join, rows_of, samplers,
-                     scored, sft, to, tracerl)
+from methods import (ROWS, caches, curriculum, diffpo, diffu_grpo, dipo, join, lengths, room,
+                     rows_of, samplers, scored, sft, to, tracerl, unfinished)
 from rewards import TASKS, grade, overlong, prompt_for, reward_parts
 from support import checkpoints, options, rules, tiny
 from support.processes import once
@@ -138,11 +137,6 @@ def check_prompts(cfg, examples: list) -> tuple:
          f"{longest}; the context is {room}")
     return about, tokenizer, (length, int(prompt_mask.sum(1).double().mean()))
 
-def lengths(traj, policy) -> Tensor:
-    """(N,) tokens before the first EOS or end of turn, where a completion ends."""
-    end = (traj.tokens == policy.eos_id) | (traj.tokens == policy.turn_id)
-    return (~end).int().cumprod(1).sum(1)
-
 def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     """One completion per example -> trajectory, texts: the one way from an example to a text. Each
     process denoises its share, rollout_batch rows at once, those with long prompts first."""
@@ -165,9 +159,9 @@ def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:
     n = lengths(traj, policy).tolist()
     return traj, [tokenizer.decode(row[:k]) for row, k in zip(traj.tokens.cpu(), n)]
 
-def sampler(tokenizer, cfg, unfinished=None):
-    """What agrpo.train_step samples and rewards with; each process grades its share. unfinished: a
-    list that takes the share of completions that never end."""
+def sampler(tokenizer, cfg, cut=None):
+    """What agrpo.train_step samples and rewards with; each process grades its share. cut: a list
+    that takes of each rollout the share of completions that have no end."""
     weights = rules.read_weights(cfg.task, cfg.reward_weights)
 
     def sample(policy, examples, keys, cfg):
@@ -184,19 +178,18 @@ def sampler(tokenizer, cfg, unfinished=None):
             parts, solved = zip(*agrpo.gather(list(pool.map(graded, mine))))
         names = dict.fromkeys(name for part in parts for name in part)     # a missing part is 0
         parts = {name: [part.get(name, 0.0) for part in parts] for name in names}
-        length = lengths(traj, policy)
-        if unfinished is not None:
-            unfinished.append(float((length == cfg.completion_length).double().mean()))
+        if cut is not None:
+            cut.append(float(unfinished(traj, policy, cfg).double().mean()))
         if cfg.overlong_penalty:
-            parts["overlong"] = [
-                -cfg.overlong_penalty * overlong(n, cfg.completion_length, cfg.overlong_from)
-                for n in length.tolist()]
+            size = zip(lengths(traj, policy).tolist(), room(traj, policy, cfg).tolist())
+            parts["overlong"] = [-cfg.overlong_penalty * overlong(n, most, cfg.overlong_from)
+                                 for n, most in size]
         return traj, parts, solved
     return sample
 
-def method_of(cfg, tokenizer, state=None, unfinished=()) -> agrpo.Method:
-    """The row of METHODS, with what --sft, --controller, --cache and --curriculum put in place of
-    its step. A curriculum keeps its record in `state` {} and reads `unfinished`, the sampler's."""
+def method_of(cfg, tokenizer, state=None) -> agrpo.Method:
+    """The row of METHODS, with what --sft, --controller, --cache, --kl-reference and --curriculum
+    put in place of its step. state: a dict in which a curriculum keeps its record."""
     method = agrpo.METHODS[cfg.method]
     if cfg.sft:
         return agrpo.Method(None, train_step=sft.step_with(tokenizer))
@@ -210,5 +203,5 @@ def method_of(cfg, tokenizer, state=None, unfinished=()) -> agrpo.Method:
     if cfg.curriculum == "solve_rate":
         one_step = curriculum.by_solve_rate(one_step, state)
     elif cfg.curriculum:
-        one_step = curriculum.by_length(one_step, state, unfinished)
+        one_step = curriculum.by_length(one_step, state)
     return method._replace(train_step=one_step)

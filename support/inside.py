@@ -105,10 +105,12 @@ def close_doors():
         if callable(getattr(system, name)):
             delattr(system, name)
             vars(os).pop(name, None)
-    library, events, never = tuple(filter(None, sys.path)), frozenset(EVENTS), frozenset(NEVER)
+    changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-    def hook(event, arguments, type=type, str=str):
-        """A program may change every builtin name: none of them is used here."""
+    def hook(event, arguments, type=type, str=str, events=frozenset(EVENTS), changing=changing,
+             library=tuple(filter(None, sys.path)), never=frozenset(NEVER)):
+        """A program may change every builtin name, and the variables of a frame: what decides here
+        are defaults, which are set anew at every call."""
         if event == "import":
             name, path = arguments[0], arguments[1] if type(arguments[1]) is str else ""
             fine = type(name) is str and never.isdisjoint(
@@ -116,12 +118,11 @@ def close_doors():
         elif event in ("open", "os.listdir", "os.scandir"):
             path, flags = arguments[0], arguments[2] if event == "open" else 0
             fine = type(path) is str and path.startswith(library) and ".." not in path and not (
-                flags & (os_write | os_more))
+                flags & changing)
         else:
             fine = event in events
         if not fine:
             raise PermissionError(event)
-    os_write, os_more = os.O_WRONLY | os.O_RDWR, os.O_CREAT | os.O_TRUNC | os.O_APPEND
     sys.addaudithook(hook)
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ def code_of(text: str) -> str:
     blocks = FENCE.findall(inside) or FENCE.findall(text)
     return blocks[-1] if blocks else inside or re.split(r"</(?:reasoning|think)>", text)[-1].strip()
 
-def parses(program: str) -> bool:
-    """Whether it is Python."""
+def parsed(program: str) -> list:
+    """Its statements; none if it is no Python."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            return bool(ast.parse(program).body)
+            return ast.parse(program).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
+        return []
 
 def passed(program: str, example: dict) -> tuple[bool, ...]:
     """Whether it passes each test of an example, in the sandbox; what is no Python passes none."""
     tests = tuple(f"{example.get('setup', '')}\n{test}" for test in example["test_list"])
-    if len(program) > LONGEST or not parses(program):
+    if len(program) > LONGEST or not parsed(program):
         return (False,) * len(tests)
     return testers.passed(f"{example.get('before', '')}\n{program}", tests)
 
@@ -49,11 +49,12 @@ def code_grade(text: str, example: dict) -> float:
     return float(bool(found) and all(found))
 
 def code_parts(text: str, example: dict) -> dict:
-    """format: 1/2 for a fenced block + 1/2 for Python in it; tests: share passed of those that the
-    statement does not show."""
+    """format: 1/2 for a fenced block + 1/2 for Python that is more than an expression; tests: share
+    passed of those that the statement does not show."""
     program = code_of(text)
     hidden = passed(program, example)[bool(shown(example)):]
-    return {"format": (bool(FENCE.search(text)) + parses(program)) / 2,
+    python = not all(isinstance(statement, ast.Expr) for statement in parsed(program))
+    return {"format": (bool(FENCE.search(text)) + python) / 2,
             "tests": sum(hidden) / max(1, len(hidden))}
 
 def code_row(row: dict) -> dict:
@@ -73,7 +74,7 @@ def code_row(row: dict) -> dict:
 FORMULA_WORDS = (*"x*+->", *map(str, range(41)))
 
 def formulas() -> list[str]:
-    """All that a puzzle may ask for: a line, or a square and a number."""
+    """All that a puzzle may ask for: a*x+b, x+b, x*x+b."""
     lines = [f"{a}*x{b:+}".replace("+0", "") for a in range(2, 6) for b in range(-4, 10)]
     plain = [f"x{b:+}" for b in range(-4, 10) if b]
     return lines + plain + [f"x*x{b:+}".replace("+0", "") for b in range(-4, 10)]
@@ -116,4 +117,4 @@ def formula_grade(answer: str, example: dict) -> float:
 def formula_parts(answer: str, example: dict) -> dict:
     """format: a formula; tests: share of the tests that it passes."""
     found = formula_passed(answer, example)
-    return {"format": float(parses(answer)), "tests": sum(found) / max(1, len(found))}
+    return {"format": float(bool(parsed(answer))), "tests": sum(found) / max(1, len(found))}

@@ -44,8 +44,8 @@ def read_weights(task: str, text: str) -> dict:
     return weights
 
 def stages(cfg) -> list:
-    """cfg at each length of its curriculum, or alone: as many tokens a step as at its own length.
-    Raises BadInput."""
+    """cfg at each length of its curriculum, with as many tokens a step as at its own; [cfg] without
+    lengths. Raises BadInput."""
     if cfg.curriculum in ("", "solve_rate"):
         return [cfg]
     need(cfg.curriculum[0].isdigit(),
@@ -53,9 +53,8 @@ def stages(cfg) -> list:
     lengths, C = numbers(cfg.curriculum, "--curriculum"), cfg.completion_length
     need(len(lengths) > 1 and 0 < lengths[0] and lengths == sorted(lengths) and lengths[-1] == C,
          f"--curriculum {cfg.curriculum}: two or more lengths that grow to --completion-length {C}")
-    for n in lengths:
-        need(cfg.steps * n % C == 0, f"--curriculum {cfg.curriculum}: --steps {cfg.steps} at {C} "
-             f"tokens are no whole number of steps at {n}")
+    need(all(n % cfg.block_length == 0 for n in lengths), f"--curriculum {cfg.curriculum}: lengths "
+         f"must be multiples of --block-length {cfg.block_length}")
     return [dataclasses.replace(cfg, completion_length=n, steps=cfg.steps * n // C)
             for n in lengths]
 
@@ -129,13 +128,14 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
          f"--model {cfg.model} speaks {speak} only (tasks with generate and lazy): --task "
          f"{cfg.task} needs --model DIR")
     at, C = for_evaluation(cfg), cfg.completion_length
-    trained = [(part, [part.steps]) for part in stages(cfg)] if training else [(cfg, [])]
-    for part, all_steps in (*trained, (at, numbers(cfg.eval_steps, "--eval-steps"))):
+    T = stages(cfg)[0].steps if training else cfg.steps        # of the shortest
+    for part, all_steps in ((cfg, [cfg.steps] if training else []),
+                            (at, numbers(cfg.eval_steps, "--eval-steps"))):
         length, L = part.completion_length, part.block_length
         need(length % L == 0, f"completion length {length} is not a multiple of --block-length {L}")
         fit = [n for n in range(length, 0, -1) if length % n == 0 and n * L % length == 0]
         for steps in all_steps:
-            name = "--eval-steps" if part is at and training else "--steps"
+            name = "--steps" if part is cfg or not training else "--eval-steps"
             need(steps in fit, f"{name} {steps} does not reveal equal parts of {length} tokens, "
                  f"and of each block of {L}; these do: " + ", ".join(map(str, fit)))
     need(cfg.top_p <= 1 and (cfg.top_p == 1 or cfg.top_k),
@@ -144,8 +144,8 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
     need(not training or not cfg.decay_steps or cfg.max_steps <= cfg.decay_steps,
          f"--max-steps {cfg.max_steps}: the learning rate has decayed to zero after --decay-steps "
          f"{cfg.decay_steps}")
-    need(not {"mc_steps"} & set(given) or cfg.mc_steps <= cfg.steps,
-         f"--mc-steps {cfg.mc_steps}: there are {cfg.steps} steps; --method exact takes all")
+    need(not {"mc_steps"} & set(given) or cfg.mc_steps <= T,
+         f"--mc-steps {cfg.mc_steps}: there are {T} steps; --method exact takes all")
     for name in ("threshold", "base_lazy", "base_lazy_from", "gamma", "lam", "grow_at",
                  "solve_rate_floor"):
         need(getattr(cfg, name) <= 1, f"{flag(name)} must be at most 1")

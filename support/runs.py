@@ -207,7 +207,7 @@ class Run:
     policy: torch.nn.Module
     examples: list
     sample: Callable                   # as agrpo.sample_step takes it
-    unfinished: list                   # of each rollout the share without an end, by sample
+    cut: list                          # of each rollout the share without an end, by sample
     state: dict                        # what method keeps from step to step
     method: tuple                      # the row of METHODS
     evaluate: Callable                 # () -> a result with solved and seconds
@@ -285,8 +285,8 @@ class Run:
         self.progress.set_postfix(shown)
         if self.first and self.progress.disable:               # a file, not a terminal
             print(f"step {row['step']}:", *(f"{k} {v}" for k, v in shown.items()), flush=True)
-        if self.first and done == AFTER and "reward" in row:
-            self.progress.write(verdict(read_log(self.folder / "log.csv"), self.unfinished), end="")
+        if self.first and done == AFTER and "reward" in row and not cfg.curriculum:
+            self.progress.write(verdict(read_log(self.folder / "log.csv"), self.cut), end="")
 
 def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     """What is printed when a run begins."""

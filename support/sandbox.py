@@ -2,7 +2,7 @@
 
 Two processes. A program runs in a sandbox (support/inside.py) and is only asked for values: it sees
 neither a test nor what is expected. The tests run outside, on plain values: no name that a program
-redefines, no text that it prints, no end that it comes to passes one. What goes into a call must be
+redefines, no text that it prints, no way of ending passes one. What goes into a call must be
 plain, too, and is copied: a test that looks at an argument again sees it unchanged."""
 import ast
 import builtins
@@ -144,7 +144,9 @@ def run_test(program: Program, test: str):
     tree, scope = ast.parse(test), {"__name__": "test"}
     nodes = list(ast.walk(tree))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    for name in used - vars(builtins).keys() or used:          # a function may be called sum
+    if own := used - vars(builtins).keys():                    # else a function is called sum
+        used = own
+    for name in used:
         with contextlib.suppress(KeyError):
             scope[name] = program.ask("get", None, name)
     for node in nodes:
@@ -179,9 +181,8 @@ class Tester:
 
     def verdicts(self, program: str, tests: list[str]) -> list[bool]:
         """Those of `verdicts`. A process that has ended is replaced, and asked again, once."""
-        found = None
-        for _ in range(2):
-            found = self.ask(program, tests) if found is None else found
+        found = self.ask(program, tests)
+        found = self.ask(program, tests) if found is None else found
         return found or [False] * len(tests)
 
     def ask(self, program: str, tests: list[str]) -> list[bool] | None:
@@ -218,10 +219,10 @@ class Tester:
         return [False] * len(tests) if took_long else found
 
 class Testers:
-    """As many as there are cores; threads take turns."""
+    """As many as there are cores for this process; threads take turns."""
     def __init__(self):
-        self.idle = queue.SimpleQueue()
-        for _ in range(os.cpu_count() or 1):
+        self.idle, here = queue.SimpleQueue(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        for _ in range(max(1, (os.cpu_count() or 1) // here)):
             self.idle.put(Tester())
 
     @functools.lru_cache(maxsize=10_000)                       # a group holds many twice

@@ -8,36 +8,35 @@ import pytest
 import torch
 
 import agrpo
-from methods import curriculum, models
+from methods import curriculum, dipo, models, room, unfinished
+from rewards import TASKS
 
 CFG = models.Settings(prompts=3, completions=4, curriculum="solve_rate", solve_rate_floor=0.2)
 
 
-def state_of(solved, seen, mean):
-    return {"solved": torch.tensor(solved, dtype=torch.float64),
-            "seen": torch.tensor(seen, dtype=torch.float64), "mean": mean}
+def state_of(solved, seen):
+    return {"solved": torch.tensor(solved).double(), "seen": torch.tensor(seen).double()}
 
 
 def test_chances_are_p_times_one_minus_p_with_a_floor():
-    state = state_of([0, 7, 3, 0], [7, 7, 7, 0], 0.5)          # never, always, at times, not drawn
-    p = torch.tensor([0.5 / 8, 7.5 / 8, 3.5 / 8, 0.5], dtype=torch.float64)
+    state = state_of([0, 7, 3.5, 0], [7, 7, 7, 0])             # never, always, at times, not drawn
+    p = torch.tensor([0.5 / 8, 7.5 / 8, 4 / 8, 0.5]).double()
     want = 0.8 * p * (1 - p) / (p * (1 - p)).sum() + 0.2 / 4
     assert torch.allclose(curriculum.chances(state, 0.2), want, rtol=1e-7)
-    assert curriculum.chances(state, 0.2).argsort().tolist()[2:] == [2, 3]
-    state["mean"] = 1.0                                        # all else is easy by now
-    assert curriculum.chances(state, 0.2).argmax() == 2
+    state = state_of([7, 7, 3.5, 0], [7, 7, 7, 0])             # most of the others are easy
+    assert curriculum.chances(state, 0.2).argsort(descending=True).tolist()[:2] == [2, 3]
     assert torch.equal(curriculum.chances(state, 1.0), torch.full((4,), 0.25).double())
+    assert torch.equal(curriculum.chances(state_of([0, 0], [0, 0]), 0.2), torch.tensor([.5, .5]))
 
 
 def test_a_record_forgets_by_halves():
-    state = state_of([4.0, 0, 1], [4.0, 4, 1], 0.5)
-    curriculum.record(state, [0, 2], [1.0, 0, 0, 0, 1, 1, 1, 0])
-    assert state["solved"].tolist() == [3, 0, 3.5] and state["seen"].tolist() == [6, 4, 4.5]
-    assert state["mean"] == 0.5
+    state = state_of([4, 0, 1], [4, 4, 1])
+    curriculum.record(state, [0, 2, 0], [1.0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1])
+    assert state["solved"].tolist() == [5.5, 0, 3.5] and state["seen"].tolist() == [7, 4, 4.5]
 
 
 def rollout(policy, examples, keys, cfg):
-    """A sampler: example i is right in (i % 5) of 4 completions, or 4."""
+    """A sampler: example i is right in i % 5 of its 4 completions."""
     solved = [float(n % 4 < ex % 5) for n, ex in enumerate(examples)]
     traj = SimpleNamespace(nfe=torch.ones(1), entropy=torch.ones(1), tokens=torch.ones(1, 1))
     return traj, {"correct": solved}, solved
@@ -68,29 +67,39 @@ def test_each_prompt_has_its_own_record_and_those_at_times_solved_come_most(n):
     again = {}
     for step in range(200):
         curriculum.by_solve_rate(one_step, again)(None, None, list(range(n)), step, CFG, rollout)
-    assert torch.equal(again["seen"], state["seen"])           # its own generator
+    assert torch.equal(again["seen"], state["seen"])           # repeatable
 
 
-def grown(curriculum_, unfinished, **settings):
-    """Lengths and steps of T that each step of a run has."""
+def trajectory(cfg, shares):
+    """Of ten completions each, of which so many shares have no end."""
+    tokens = torch.ones(10 * len(shares), cfg.completion_length)
+    for i, share in enumerate(shares):
+        tokens[10 * i:10 * i + round(10 - 10 * share), -1] = 0
+    return SimpleNamespace(tokens=tokens, prompt_mask=torch.ones(len(tokens), 1))
+
+
+def grown(curriculum_, shares, **settings):
+    """(length, T) of each step; shares: of completions without an end, of each rollout of each."""
     cfg = dataclasses.replace(CFG, completion_length=16, steps=8, block_length=4,
                               curriculum=curriculum_, **settings)
-    shares, lengths, rows = [], [], []
+    policy, lengths, rows = agrpo.Policy(torch.nn.Linear(1, 1), 9, 0), [], []
 
     def step(policy, optimizer, examples, step, cfg, sample):
         lengths.append((cfg.completion_length, cfg.steps))
-        shares.append(unfinished[step])
+        for share in shares[step]:
+            assert sample(policy, share, None, cfg)[1:] == (1, 2)
         return {"step": step}
-    step_of = curriculum.by_length(step, state := {}, shares)
-    for i in range(len(unfinished)):
-        rows.append(step_of(None, None, [], i, cfg, None))
+    step_of = curriculum.by_length(step, state := {})
+    for i in range(len(shares)):
+        rows.append(step_of(policy, None, [], i, cfg, lambda policy, share, keys, cfg: (
+            trajectory(cfg, [share]), 1, 2)))
     assert [row["completion_length"] for row in rows] == [C for C, _ in lengths]
-    assert sum(state["steps"]) == len(unfinished)
+    assert sum(state["steps"]) == len(shares)
     return lengths
 
 
 def test_completions_grow_where_too_many_have_no_end_or_after_so_many_steps(capsys):
-    shares = [0.1, 0.3, 0.1, 0.4, 0.9]
+    shares = [[0.1], [0.3], [0.1], [0.4], [0.9]]
     assert grown("4,8,16", shares) == [(4, 2), (4, 2), (8, 4), (8, 4), (16, 8)]
     assert capsys.readouterr().out == (
         "after step 1: completions of 8 tokens, 30 % of those of 4 had no end\n"
@@ -98,6 +107,9 @@ def test_completions_grow_where_too_many_have_no_end_or_after_so_many_steps(caps
     assert grown("8,16", shares, grow_at=0.35) == [(8, 4)] * 4 + [(16, 8)]
     assert grown("8,16", shares, grow_at=1.0, grow_after=2) == [(8, 4)] * 2 + [(16, 8)] * 3
     assert grown("8,16", shares, grow_at=1.0) == [(8, 4)] * 5
+    several = [[0.1, 0.6], [0.1, 0.1]]                         # a method may sample again
+    assert grown("8,16", several, grow_at=0.3) == [(8, 4), (16, 8)]
+    assert grown("8,16", several, grow_at=0.4) == [(8, 4), (8, 4)]
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-block"])
@@ -108,24 +120,35 @@ def test_the_last_length_is_the_completions(model):
     assert models.checked(given) == cfg
 
 
-def test_rollouts_and_updates_of_a_shorter_length(here, quick):
-    """The real sampler and loop at each length, with the share without an end by the sampler."""
-    cfg = models.checked({"task": "story", "curriculum": "8,16", "grow_at": 0.0, "base_steps": 4,
-                          "base_batch": 4, "train_examples": 32, "prompts": 2, "completions": 4})
+@pytest.mark.parametrize("model, method", [
+    ("tiny", "agrpo"), ("tiny-block", "agrpo"), ("tiny-block", "dipo"), ("tiny", "tracerl")])
+def test_rollouts_and_updates_of_a_shorter_length(here, monkeypatch, model, method):
+    """The real sampler and loop at each length; it grows at once."""
+    cfg = models.checked({"task": "story", "curriculum": "8,16", "model": model, "method": method,
+                          "base_steps": 4, "base_batch": 4, "train_examples": 32, "prompts": 2,
+                          "completions": 4})
     policy, tokenizer = models.open_policy(cfg, train=True)
-    unfinished, state = [], {}
-    step_of = models.method_of(cfg, tokenizer, state, unfinished).train_step
-    optimizer, sample = agrpo.make_optimizer(policy, cfg), models.sampler(
-        tokenizer, cfg, unfinished)
-    shapes = []
+    monkeypatch.setattr(curriculum, "unfinished", lambda traj, *_: torch.ones(len(traj.tokens)))
+    step_of = models.method_of(cfg, tokenizer, state := {}).train_step
+    optimizer, sample = agrpo.make_optimizer(policy, cfg), models.sampler(tokenizer, cfg)
+    shapes, examples = [], TASKS["story"].generate(8, 0, "train")
 
     def watched(*args):
         traj, *rest = sample(*args)
         shapes.append(traj.tokens.shape[1])
         return traj, *rest
-    from rewards import TASKS
-    examples = TASKS["story"].generate(8, 0, "train")
     rows = [step_of(policy, optimizer, examples, i, cfg, watched) for i in range(3)]
-    grew = next(i for i, share in enumerate(unfinished) if share > 0)
-    assert shapes == [8] * (grew + 1) + [16] * (2 - grew) == [r["completion_length"] for r in rows]
-    assert grew < 2
+    assert [row["completion_length"] for row in rows] == [8, 16, 16] and state["steps"] == [1, 2]
+    assert list(dict.fromkeys(shapes)) == [8, 16]
+
+
+def test_room_is_what_the_prompt_leaves_of_a_block():
+    cfg = dataclasses.replace(CFG, completion_length=8, block_length=4)
+    tokens = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [1, 0] + [0] * 6])
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 1, 1]])     # prompts of 3, 0 and 3 tokens
+    traj = SimpleNamespace(tokens=tokens, prompt_mask=mask)
+    blocks = dipo.BlockPolicy(torch.nn.Linear(1, 1), 9, 0, False, 4)
+    assert room(traj, blocks, cfg).tolist() == [5, 8, 5]
+    assert unfinished(traj, blocks, cfg).tolist() == [True, True, False]
+    everything = agrpo.Policy(torch.nn.Linear(1, 1), 9, 0)
+    assert unfinished(traj, everything, cfg).tolist() == [False, True, False]

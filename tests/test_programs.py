@@ -104,7 +104,8 @@ def test_parts_count_the_tests_that_the_statement_does_not_show():
         "format": 1.0, "tests": 0.0, "correct": 0.0}
     half = "def add(a, b):\n    return 7 if a else 0"          # two of three, not the one shown
     assert reward_parts("code", half, ex) == {"format": 0.5, "tests": 1.0, "correct": 0.0}
-    assert reward_parts("code", "def add(", ex) == {"format": 0.0, "tests": 0.0, "correct": 0.0}
+    for text in ("def add(", "hello", "'hello there'"):
+        assert reward_parts("code", text, ex) == {"format": 0.0, "tests": 0.0, "correct": 0.0}
 
 
 def test_the_contract_of_three_columns():

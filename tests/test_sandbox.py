@@ -79,6 +79,11 @@ HACKS = {  # none passes a test; {place} is a file that must stay as it is
                         "    def __contains__(s, x): return False\nopen(P('{place}'), 'w')",
     "builtins that lie": "import builtins\nbuiltins.type = lambda *a: str\nbuiltins.str = object\n"
                          "open('{place}', 'w')",
+    "variables of the hook": "try: open('{place}', 'w')\nexcept PermissionError as e:\n"
+        "    t = e.__traceback__\n    while t.tb_next: t = t.tb_next\n"
+        "    for k in ('library', 'events', 'never', 'changing'):\n"
+        "        t.tb_frame.f_locals[k] = {'library': ('/',), 'changing': 0}.get(k, frozenset())\n"
+        "open('{place}', 'w')",
     "posix anew": "import sys\ndel sys.modules['posix']\nimport posix\nposix.remove('{place}')",
     "posix made anew": "import _imp\nclass S: pass\ns = S()\ns.name, s.origin = 'posix', None\n"
                        "_imp.create_builtin(s).mkfifo('{place}2')",

@@ -67,11 +67,10 @@ def run(
     policy, tokenizer = models.open_policy(cfg, train=True)
     train, test = data.load_split(task, cfg.train_examples, 256, seed)
     train = train[:pool]
-    optimizer, unfinished = agrpo.make_optimizer(policy, cfg), []
-    sample = models.sampler(tokenizer, cfg, unfinished)
+    optimizer, sample = agrpo.make_optimizer(policy, cfg), models.sampler(tokenizer, cfg)
     for group in optimizer.param_groups:
         group |= optim
-    method = evaluation.method_of(cfg, tokenizer, {}, unfinished)
+    method = evaluation.method_of(cfg, tokenizer)
     method.begin(policy, optimizer, cfg)
     if cfg.kl:
         scored.keep_reference(policy)
