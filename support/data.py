@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rewards import TASKS, BadInput, gold_is_right, in_split, try_task
+from support import programs
 from support.files import need, refusing
 from support.processes import say
 
@@ -63,7 +64,11 @@ def converted(task: str, row: dict, skip: bool) -> dict | None:
         TASKS[task].key(example)                           # by way of the columns that it needs
         if gold_is_right(task, example):
             return example
-        raise ValueError(f"its own answer is graded wrong, {text[:80]} (--skip-bad-examples)")
+        tests = example.get("test_list", []) if isinstance(example, dict) else []
+        failed = [f"; it fails {test.strip()[:120]!r}" for test, fine in zip(
+            tests, programs.passed(str(example["code"]), example) if tests else ()) if not fine]
+        raise ValueError(f"its own answer is graded wrong (--skip-bad-examples leaves such ones "
+                         f"out): {text[:80]}...{''.join(failed[:1])}")
     except ValueError:
         if not skip:
             raise

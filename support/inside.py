@@ -21,12 +21,14 @@ class Number:
     def __init__(self, number: int):
         self.number = number
 
-TYPES = {x: name for name, x in vars(sys.modules["builtins"]).items() if isinstance(x, type)}
-KINDS = frozenset(x for x in TYPES if issubclass(x, BaseException))
+KINDS = frozenset(x for x in vars(sys.modules["builtins"]).values()
+                  if isinstance(x, type) and issubclass(x, BaseException))
+TYPES = {x: x.__name__ for x in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list,
+                                 range, set, str, tuple)}
 SERIES = dict, list, tuple, set, frozenset, deque, bytearray
 VIEWS = {}.keys().__class__, {}.values().__class__, {}.items().__class__
 
-def written(x, objects: list, depth=0) -> str:
+def written(x, objects: dict, depth=0) -> str:
     """A value as text that holds plain values alone; any other is kept, and its number written:
     the same for the same object."""
     if depth > 50:
@@ -43,23 +45,21 @@ def written(x, objects: list, depth=0) -> str:
         return f"('range', [{x.start}, {x.stop}, {x.step}])"
     if type(x) is type and x in TYPES:
         return f"('type', {TYPES[x]!r})"
-    if type(x).__name__ == "Decimal":
+    if type(x) is getattr(sys.modules.get("decimal"), "Decimal", None):
         return f"('Decimal', {str.__repr__(str(x))})"
-    if type(x).__name__ == "Fraction":
+    if type(x) is getattr(sys.modules.get("fractions"), "Fraction", None):
         return f"('Fraction', [{int.__repr__(x.numerator)}, {int.__repr__(x.denominator)}])"
     kind = next((kind for kind in SERIES if isinstance(x, kind)), None)
     if kind is None and not isinstance(x, VIEWS) and not hasattr(type(x), "__next__"):
-        known = (i for i, other in enumerate(objects) if other is x)
-        if (number := next(known, len(objects))) == len(objects):
-            objects.append(x)
-        return f"('object', {number})"
+        objects[id(x)] = x                                     # kept, so that no other has its id
+        return f"('object', {id(x)})"
     parts = x.items() if kind is dict else x
     if kind is dict:
         parts = [(key, value) for key, value in parts]
     name = kind.__name__ if kind else "iter"
     return f"({name!r}, [{', '.join(written(y, objects, depth + 1) for y in parts)}])"
 
-def given(x, objects: list):
+def given(x, objects: dict):
     """An argument, with the objects that were handed out."""
     if type(x) in (list, tuple, set, frozenset):
         return type(x)(given(y, objects) for y in x)
@@ -70,7 +70,7 @@ def given(x, objects: list):
 def serve(requests, out: int, write=os.write):
     """Answers requests (verb, object, name, arguments, named arguments) until they end."""
     program = sys.modules["program"] = type(sys)("program")
-    objects, scope = [], vars(program)
+    objects, scope = {}, vars(program)
     readable = {"Number": Number, "inf": float("inf"), "nan": float("nan")}
     for line in requests:
         try:

@@ -345,6 +345,6 @@ def default_name(cfg) -> str:
              *(["sft"] if cfg.sft else [method, cfg.preset]),
              "value" if cfg.value_model == "on" else "",
              f"{cfg.controller}-{cfg.controller_training}" if cfg.controller != "off" else "",
-             f"by-{re.sub('[^a-z0-9_]+', '-', cfg.curriculum)}" if cfg.curriculum else "",
+             f"by-{re.sub('[^a-z0-9_]+', '-', cfg.curriculum)[:30]}" if cfg.curriculum else "",
              f"seed{cfg.seed}")
     return "-".join(filter(None, parts))[:100]

@@ -2,6 +2,7 @@
 import ast
 import random
 import re
+import sys
 import warnings
 
 from support.puzzles import in_split
@@ -27,9 +28,24 @@ def parsed(program: str) -> list:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
 
+def imports_of(code: str) -> str:
+    """What a right program imports of the standard library and does not define anew. Tests may use
+    it, as in math.isclose: from a program they would take whatever goes by that name."""
+    body, found = parsed(code), []
+    own = {getattr(statement, "name", "") for statement in body}
+    for line in body:
+        if isinstance(line, (ast.Import, ast.ImportFrom)):
+            modules = [str(line.module)] if isinstance(line, ast.ImportFrom) else [
+                alias.name for alias in line.names]
+            names = {alias.asname or alias.name.split(".")[0] for alias in line.names}
+            if not names & own and {x.split(".")[0] for x in modules} <= sys.stdlib_module_names:
+                found.append(ast.unparse(line))
+    return "\n".join(found)
+
 def passed(program: str, example: dict) -> tuple[bool, ...]:
     """Whether it passes each test of an example, in the sandbox; what is no Python passes none."""
-    tests = tuple(f"{example.get('setup', '')}\n{test}" for test in example["test_list"])
+    before = f"{imports_of(str(example.get('code', '')))}\n{example.get('setup', '')}"
+    tests = tuple(f"{before}\n{test}" for test in example["test_list"])
     if len(program) > LONGEST or not parsed(program):
         return (False,) * len(tests)
     return testers.passed(f"{example.get('before', '')}\n{program}", tests)
@@ -67,6 +83,8 @@ def code_row(row: dict) -> dict:
     tests, more = row["test_list"], [*row.get("test_imports", ()), row.get("test_setup_code", "")]
     if not isinstance(tests, list) or not tests or not all(isinstance(x, str) for x in tests):
         raise ValueError("test_list must be a list of tests")
+    if not all("assert" in test or "raise" in test for test in tests):
+        raise ValueError("test_list: a test without assert tests nothing")
     return {"text": str(row["text"] if "text" in row else row["prompt"]), "code": str(row["code"]),
             "test_list": tests, "before": "", "setup": "\n".join(filter(None, more))}
 

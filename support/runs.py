@@ -138,7 +138,7 @@ def ordered(row: dict) -> dict:
     parts = [k for k in row if k.startswith("reward_")]
     names = ENDS[True] if "loss" in row else ("step", "reward", *parts, *ENDS[False])
     return {k: round(row[k], 3) if k.endswith("_seconds") else row.get(k, "")
-            for k in (*names, *LAST, *{"completion_length"} & row.keys())}     # by a curriculum
+            for k in (*names, *LAST, *{"completion_length", "drawn_before"} & row.keys())}
 
 def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
     """Whole rows of log.csv before a step: later ones are done again. Raises BadInput."""

@@ -10,7 +10,6 @@ import contextlib
 import decimal
 import fractions
 import functools
-import importlib
 import json
 import os
 import queue
@@ -20,7 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 
 SECONDS, MEMORY = 5, 512               # of a program with all its tests; MB
@@ -89,10 +88,17 @@ class Name(str):
     """A word to be read as it stands."""
     __repr__ = str.__str__
 
+TYPES = {kind.__name__: kind for kind in (bool, bytearray, bytes, complex, dict, float, frozenset,
+                                          int, list, range, set, str, tuple)}
+LIBRARY = {deque: "collections", Counter: "collections", OrderedDict: "collections",
+           decimal.Decimal: "decimal", fractions.Fraction: "fractions"}
+
 def sent(x):
-    """An argument as inside.py reads its repr: built-in types by their names."""
-    if isinstance(x, type) and vars(builtins).get(x.__name__) is x:
+    """An argument as inside.py reads its repr: plain types by name, some objects of the library."""
+    if isinstance(x, type) and TYPES.get(x.__name__) is x:
         return Name(x.__name__)
+    if type(x) in LIBRARY:
+        return Name(f"__import__({LIBRARY[type(x)]!r}).{x!r}")
     if type(x) in (list, tuple, set, frozenset):
         return type(x)(map(sent, x))
     return {sent(k): sent(v) for k, v in x.items()} if type(x) is dict else x
@@ -135,24 +141,18 @@ class Program:
             return self.remotes.setdefault(what, Remote(self, what))
         make = {"float": float, "complex": complex, "Decimal": decimal.Decimal,
                 "Fraction": lambda parts: fractions.Fraction(*parts),
-                "range": lambda parts: range(*parts), "type": vars(builtins).get}
+                "range": lambda parts: range(*parts), "type": TYPES.__getitem__}
         return make[kind](what)
 
 def run_test(program: Program, test: str):
-    """Runs a test, with the names of the program that it uses; a module of the library, as in
-    math.isclose, is the library's own. Raises if it fails."""
+    """Runs a test, with the names of the program that it uses. Raises if it fails."""
     tree, scope = ast.parse(test), {"__name__": "test"}
-    nodes = list(ast.walk(tree))
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     if own := used - vars(builtins).keys():                    # else a function is called sum
         used = own
     for name in used:
         with contextlib.suppress(KeyError):
             scope[name] = program.ask("get", None, name)
-    for node in nodes:
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if (name := node.value.id) in sys.stdlib_module_names:
-                scope[name] = importlib.import_module(name)
     exec(compile(tree, "test", "exec"), scope)
 
 def verdicts(source: str, tests: list[str], start: list[str], began) -> list[bool]:

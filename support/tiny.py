@@ -17,7 +17,7 @@ from support.saving import save_model
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The tiny base model."""
-    train_examples: int = 4096         # generated; a file gives all it has
+    train_examples: int = 4096         # generated, for the base model too; a file gives all it has
     base_steps: int = 1600             # steps of supervised fine-tuning
     base_batch: int = 32               # rows per step
     base_lr: float = 3e-3              # up for a tenth of the steps, then down to zero

@@ -263,6 +263,13 @@ if __name__ == "__main__":
     if family not in SPECIAL or Path(folder).exists() or not all(Path(p).is_file() for p in data):
         sys.exit(f"usage: python tests/checkpoints.py {'|'.join(SPECIAL)} NEW_DIR "
                  "[gsm8k_train.jsonl, a file that is there]")
+    if data:                                                   # before anything is written
+        from rewards import BadInput
+        from support.data import from_file
+        try:
+            from_file("gsm8k", data[0])
+        except BadInput as error:
+            sys.exit(f"{error}: the file must be GSM8K's, lines with question and answer")
     corpus = Path(data[0]).read_text(encoding="utf-8").splitlines()[:2000] if data else ()
     write_checkpoint(folder, family, corpus=corpus, size=1000 if data else 300, h=64, inner=128)
     if data:

@@ -9,7 +9,7 @@ import torch
 
 import agrpo
 from methods import curriculum, dipo, models, room, unfinished
-from rewards import TASKS
+from rewards import TASKS, BadInput
 
 CFG = models.Settings(prompts=3, completions=4, curriculum="solve_rate", solve_rate_floor=0.2)
 
@@ -55,7 +55,8 @@ def test_each_prompt_has_its_own_record_and_those_at_times_solved_come_most(n):
         return rollout(policy, examples, keys, cfg)
     step_of = curriculum.by_solve_rate(one_step, state)
     for step in range(200):
-        step_of(None, None, list(range(n)), step, CFG, sample)
+        row = step_of(None, None, list(range(n)), step, CFG, sample)
+        assert row["drawn_before"] == sum(ex in sum(seen[:-1], []) for ex in seen[-1]) / 3
         assert n < 3 or len({*seen[-1]}) == 3                  # none twice
     p = state["solved"] / state["seen"]
     assert torch.allclose(p, torch.arange(n).double() % 5 / 4)
@@ -64,6 +65,10 @@ def test_each_prompt_has_its_own_record_and_those_at_times_solved_come_most(n):
         draws = torch.bincount(draws, minlength=5) / len(draws)
         assert draws[1:4].min() > 2 * draws[[0, 4]].max() and draws[2] > draws[[1, 3]].max()
         assert draws[[0, 4]].min() > 0.2 / 5 / 2               # the floor
+    for lost in ({}, {"solved": state["solved"]}, {**state, "seen": torch.ones(n + 1)},
+                 {**state, "seen": torch.full((n,), torch.nan)}, {**state, "seen": 3}):
+        with pytest.raises(BadInput, match="no record of --curriculum"):
+            curriculum.by_solve_rate(one_step, lost)(None, None, list(range(n)), 9, CFG, rollout)
     again = {}
     for step in range(200):
         curriculum.by_solve_rate(one_step, again)(None, None, list(range(n)), step, CFG, rollout)
@@ -102,8 +107,8 @@ def test_completions_grow_where_too_many_have_no_end_or_after_so_many_steps(caps
     shares = [[0.1], [0.3], [0.1], [0.4], [0.9]]
     assert grown("4,8,16", shares) == [(4, 2), (4, 2), (8, 4), (8, 4), (16, 8)]
     assert capsys.readouterr().out == (
-        "after step 1: completions of 8 tokens, 30 % of those of 4 had no end\n"
-        "after step 3: completions of 16 tokens, 40 % of those of 8 had no end\n")
+        "from step 2 on completions have 8 tokens: of those of 4 30 % had no end\n"
+        "from step 4 on completions have 16 tokens: of those of 8 40 % had no end\n")
     assert grown("8,16", shares, grow_at=0.35) == [(8, 4)] * 4 + [(16, 8)]
     assert grown("8,16", shares, grow_at=1.0, grow_after=2) == [(8, 4)] * 2 + [(16, 8)] * 3
     assert grown("8,16", shares, grow_at=1.0) == [(8, 4)] * 5
@@ -112,12 +117,21 @@ def test_completions_grow_where_too_many_have_no_end_or_after_so_many_steps(caps
     assert grown("8,16", several, grow_at=0.4) == [(8, 4), (8, 4)]
 
 
+@pytest.mark.parametrize("steps", [None, [], [1, 1, 1], [5], "ab", 2, [-1, 3]])
+def test_a_record_of_lengths_that_is_none_is_refused(steps):
+    cfg = dataclasses.replace(CFG, completion_length=16, block_length=4, curriculum="4,16")
+    with pytest.raises(BadInput, match="no record of --curriculum"):
+        curriculum.by_length(one_step, {"steps": steps})(None, None, [], 3, cfg, rollout)
+
+
 @pytest.mark.parametrize("model", ["tiny", "tiny-block"])
 def test_the_last_length_is_the_completions(model):
     cfg = models.checked({"model": model, "task": "story", "curriculum": "8,16"})
     assert cfg.completion_length == 16 and models.checked({"model": model}).curriculum == ""
-    given = {"model": model, "task": "story", "curriculum": "8,16", "completion_length": 16}
+    given = {"model": model, "task": "story", "curriculum": " 8, 16", "completion_length": 16}
     assert models.checked(given) == cfg
+    for text in ("", "solve_rate", "8,", "8," + "9" * 5000):
+        assert "completion_length" not in curriculum.with_length({"curriculum": text})
 
 
 @pytest.mark.parametrize("model, method", [

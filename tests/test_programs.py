@@ -75,10 +75,12 @@ def test_published_rows_take_their_own_solutions_and_no_others(published, tmp_pa
 def test_a_row_whose_own_solution_fails_is_refused_with_its_line(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps(mbpp(PROBLEMS[0], "a - b")) + "\n")
-    with pytest.raises(BadInput, match="jsonl:1: its own"):
+    with pytest.raises(BadInput, match="jsonl:1: its own.*it fails 'assert add") as error:
         data.from_file("code", str(path))
+    assert "\n" not in str(error.value)
     for row in ({"text": "x", "code": "y"}, {"text": "x", "code": "y", "test_list": "assert 1"},
-                {"text": "x", "code": "y", "test_list": []}):
+                {"text": "x", "code": "y", "test_list": []},
+                {"text": "x", "code": "def y(): pass", "test_list": ["print(y())"]}):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(BadInput, match="jsonl:1: .*test_list"):
             data.from_file("code", str(path))
@@ -106,6 +108,23 @@ def test_parts_count_the_tests_that_the_statement_does_not_show():
     assert reward_parts("code", half, ex) == {"format": 0.5, "tests": 1.0, "correct": 0.0}
     for text in ("def add(", "hello", "'hello there'"):
         assert reward_parts("code", text, ex) == {"format": 0.0, "tests": 0.0, "correct": 0.0}
+
+
+@pytest.mark.parametrize("cheat", [
+    "class math: isclose = lambda *a, **k: True\n", "sqrt = lambda x: 0\n",
+    "import math\nmath.isclose = lambda *a, **k: True\n", "Counter = lambda *a: 0\n"])
+def test_what_the_right_program_imports_is_the_tests_own(cheat):
+    code = ("import math, numpy\nimport math\nfrom math import sqrt\nfrom . import x\n"
+            "from collections import Counter, deque\nfrom heapq import merge\n"
+            "def merge(x): return x\ndef f(x): return x")
+    ex = {"text": "", "code": code, "test_list": [
+        "assert math.isclose(f(4), sqrt(16)) and merge(3) == 3\n"
+        "assert f(Counter([1])) == Counter([1])"]}
+    right = "def f(x): return x\ndef merge(x): return x"
+    assert programs.imports_of(code) == (
+        "import math\nfrom math import sqrt\nfrom collections import Counter, deque")
+    assert grade("code", right, ex) == 1
+    assert grade("code", f"{cheat}def f(x): return 0\ndef merge(x): return x", ex) == 0
 
 
 def test_the_contract_of_three_columns():

@@ -170,29 +170,35 @@ def test_no_trick_passes_a_test_or_leaves_anything(name, tester, tmp_path):
      "assert f(1) == Colour.RED and f(1) != Colour.BLUE and f(1).name == 'RED'"),
     ("def f(xs, kind): return [x for x in xs if not isinstance(x, kind)], type(xs)",
      "assert f([1, 'a', 2.5], int) == (['a', 2.5], list) and f((1,), (str, int)) == ([], tuple)"),
-    ("def f(x): return x / 3", "assert math.isclose(f(1), 0.333, rel_tol=0.01)"),
-    ("def math(x): return 2 * x", "assert math(4) == 8"),
+    ("def push(q, x): q.append(x); return q\ndef size(q): return len(q)\ndef total(*x): "
+     "return sum(x, x[0] - x[0])\ndef most(c): return c.most_common(1)",
+     "from collections import Counter, deque\nfrom decimal import Decimal\n"
+     "from fractions import Fraction\nassert size(push(deque([1]), 2)) == 2\n"
+     "assert total(Decimal('1.10'), Decimal('2.20')) == Decimal('3.30')\n"
+     "assert total(Fraction(1, 3), 1) == Fraction(4, 3) and most(Counter('aab')) == [('a', 2)]"),
+    ("class Fraction:\n    numerator = 7\n    def whole(s): return 3\ndef f(): return Fraction()",
+     "assert f().whole() == 3 and f().numerator == 7"),
+    ("class P: pass\ndef f(n): return [P() for i in range(n)]", "assert len(f(20000)) == 20000"),
     ("N = 3", "assert N == 3"), ("print('hello')\ndef f(): return input", "f()")],
     ids=["library", "values", "iterator", "views", "long", "nan", "objects", "error", "check",
          "sum", "dataclass", "own error", "fractions", "deque", "enum",
-         "types", "library in the test", "a function called math", "constant", "prints"])
+         "types", "arguments", "own fraction", "many objects", "constant", "prints"])
 def test_what_is_right_passes(program, test, tester):
     assert tester.verdicts(program, [test, "assert False"]) == [True, False]
 
 
-@pytest.mark.parametrize("program", [
-    "class math: isclose = lambda *a, **k: True\ndef f(x): return 0",
-    "import math\nmath.isclose = lambda *a, **k: True\ndef f(x): return 0"])
-def test_a_program_does_not_bring_the_library_of_a_test(program, tester):
-    assert tester.verdicts(program, ["assert math.isclose(f(1), 3.0)"]) == [False]
-
-
-@pytest.mark.parametrize("kind, text", [
-    ("Fraction", "numerator, denominator = 'x', 1"), ("Fraction", "numerator = 1"),
-    ("Decimal", "__str__ = lambda s: 'x'"), ("Decimal", "__str__ = lambda s: 1")])
-def test_a_value_that_only_bears_the_name_of_a_number_is_none(kind, text, tester):
-    program = f"class {kind}:\n    {text}\ndef f(x): return {kind}()"
-    assert tester.verdicts(program, ["f(1)", "assert f(1) == 3"]) == [False, False]
+@pytest.mark.parametrize("word", ["eval", "exec", "open", "type", "object", "__loader__"])
+@pytest.mark.parametrize("how", ["by the table of types", "by the pipe"])
+def test_no_function_comes_out_of_a_program(word, how, tester, tmp_path):
+    """It says plain values and plain types: what else, the tests would call outside."""
+    place = str(tmp_path / "place")
+    program = ("import sys\nf = sys._getframe(1)\nf.f_locals['write'](f.f_locals['out'],"
+               " b'(\"value\", None)\\n(\"value\", (\"type\", \"WORD\"))\\n')")
+    if how == "by the table of types":
+        program = "import __main__\nclass decode: pass\n__main__.TYPES[decode] = 'WORD'"
+    tests = [f"decode({f'open({place!r}, chr(119))'!r})", f"decode({place!r}, 'w')"]
+    assert tester.verdicts(program.replace("WORD", word), tests) == [False, False]
+    assert not os.listdir(tmp_path)
 
 
 def test_each_test_has_a_verdict_of_its_own(tester):
