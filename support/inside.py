@@ -26,6 +26,8 @@ KINDS = frozenset(x for x in vars(sys.modules["builtins"]).values()
 TYPES = {x: x.__name__ for x in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list,
                                  range, set, str, tuple)}
 SERIES = dict, list, tuple, set, frozenset, deque, bytearray
+SPECIAL = {"len": len, "bool": bool, "iter": iter, "item": lambda x, key: x[key],
+           "same": lambda x, y: x == y}
 VIEWS = {}.keys().__class__, {}.values().__class__, {}.items().__class__
 
 def written(x, objects: dict, depth=0) -> str:
@@ -57,6 +59,9 @@ def written(x, objects: dict, depth=0) -> str:
     if kind is dict:
         parts = [(key, value) for key, value in parts]
     name = kind.__name__ if kind else "iter"
+    for special in ("Counter", "OrderedDict") if kind is dict else ():
+        if type(x) is getattr(sys.modules.get("collections"), special, None):
+            name = special
     return f"({name!r}, [{', '.join(written(y, objects, depth + 1) for y in parts)}])"
 
 def given(x, objects: dict):
@@ -80,6 +85,8 @@ def serve(requests, out: int, write=os.write):
                 exec(compile(name, "program", "exec"), scope)
             elif verb == "call":
                 value = objects[target](*arguments, **named)
+            elif verb in SPECIAL:
+                value = SPECIAL[verb](objects[target], *arguments)
             elif verb == "set":
                 setattr(objects[target], name, *arguments)
             else:

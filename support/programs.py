@@ -1,5 +1,6 @@
 """Programs as answers: their examples, what is read from a completion, which tests it passes."""
 import ast
+import importlib
 import random
 import re
 import sys
@@ -38,17 +39,26 @@ def imports_of(code: str) -> str:
             modules = [str(line.module)] if isinstance(line, ast.ImportFrom) else [
                 alias.name for alias in line.names]
             names = {alias.asname or alias.name.split(".")[0] for alias in line.names}
-            if not names & own and {x.split(".")[0] for x in modules} <= sys.stdlib_module_names:
+            if not {x.split(".")[0] for x in modules} <= sys.stdlib_module_names - {"__future__"}:
+                continue
+            if "*" in names:
+                names = {*dir(importlib.import_module(modules[0]))}
+            if not names & own:
                 found.append(ast.unparse(line))
     return "\n".join(found)
+
+def future_first(text: str) -> str:
+    """A program whose lines `from __future__ import` come first, as they must."""
+    lines = text.split("\n")
+    return "\n".join(sorted(lines, key=lambda line: not line.startswith("from __future__ ")))
 
 def passed(program: str, example: dict) -> tuple[bool, ...]:
     """Whether it passes each test of an example, in the sandbox; what is no Python passes none."""
     before = f"{imports_of(str(example.get('code', '')))}\n{example.get('setup', '')}"
-    tests = tuple(f"{before}\n{test}" for test in example["test_list"])
+    tests = tuple(future_first(f"{before}\n{test}") for test in example["test_list"])
     if len(program) > LONGEST or not parsed(program):
         return (False,) * len(tests)
-    return testers.passed(f"{example.get('before', '')}\n{program}", tests)
+    return testers.passed(future_first(f"{example.get('before', '')}\n{program}"), tests)
 
 def shown(example: dict) -> str:
     """The test that the statement shows, which names the function; none if it is the only one."""
@@ -78,15 +88,23 @@ def code_row(row: dict) -> dict:
     canonical_solution, test) -> example."""
     if "entry_point" in row:
         before, name = row["prompt"].partition(f"def {row['entry_point']}(")[0], row["entry_point"]
-        return {"text": row["prompt"], "code": row["prompt"] + row["canonical_solution"],
-                "test_list": [f"{row['test']}\ncheck({name})"], "before": before, "setup": before}
+        return tested({"text": row["prompt"], "code": row["prompt"] + row["canonical_solution"],
+                       "test_list": [f"{row['test']}\ncheck({name})"], "before": before,
+                       "setup": before})
     tests, more = row["test_list"], [*row.get("test_imports", ()), row.get("test_setup_code", "")]
     if not isinstance(tests, list) or not tests or not all(isinstance(x, str) for x in tests):
         raise ValueError("test_list must be a list of tests")
     if not all("assert" in test or "raise" in test for test in tests):
         raise ValueError("test_list: a test without assert tests nothing")
-    return {"text": str(row["text"] if "text" in row else row["prompt"]), "code": str(row["code"]),
-            "test_list": tests, "before": "", "setup": "\n".join(filter(None, more))}
+    return tested({"text": str(row["text"] if "text" in row else row["prompt"]), "before": "",
+                   "code": str(row["code"]), "test_list": tests,
+                   "setup": "\n".join(filter(None, more))})
+
+def tested(example: dict) -> dict:
+    """An example. Raises ValueError if its tests pass where there is no program."""
+    if all(passed("pass", example)):
+        raise ValueError("test_list: all its tests pass without a program")
+    return example
 
 # --------------------------------------------------------- on a laptop: programs from examples
 FORMULA_WORDS = (*"x*+->", *map(str, range(41)))

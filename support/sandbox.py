@@ -10,6 +10,7 @@ import contextlib
 import decimal
 import fractions
 import functools
+import gc
 import json
 import os
 import queue
@@ -81,8 +82,32 @@ class Remote:
     def __setattr__(self, name, value):
         self._program.ask("set", self._number, name, (value,))
 
+    def __eq__(self, other):
+        """Another object of the program may be equal; no plain value is."""
+        if isinstance(other, Remote) and other._number != self._number:
+            return bool(self._program.ask("same", self._number, "", (other,)))
+        return self is other
+
+    def __hash__(self):
+        return self._number
+
+    def __len__(self):
+        return self._program.ask("len", self._number)
+
+    def __bool__(self):
+        return self._program.ask("bool", self._number)
+
+    def __iter__(self):
+        return iter(self._program.ask("iter", self._number))
+
+    def __getitem__(self, key):
+        return self._program.ask("item", self._number, "", (key,))
+
     def __repr__(self):
         return f"Number({self._number})"
+
+class Ended(BaseException):
+    """A program has ended, or says too much: not for a test's `except Exception`."""
 
 class Name(str):
     """A word to be read as it stands."""
@@ -103,7 +128,9 @@ def sent(x):
         return type(x)(map(sent, x))
     return {sent(k): sent(v) for k, v in x.items()} if type(x) is dict else x
 
-SERIES = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, deque, bytearray)}
+SERIES = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, deque, bytearray,
+                                           OrderedDict)}
+SERIES |= {"iter": iter, "Counter": lambda pairs: Counter(dict(pairs))}
 
 class Program:
     """A program in its sandbox."""
@@ -114,19 +141,24 @@ class Program:
             cwd="/", env={}, start_new_session=True)
 
     def ask(self, verb: str, number=None, name="", arguments=(), named={}):
-        """What it answers; raises what it raised, EOFError where it has ended or says too much."""
+        """What it answers; raises what it raised, or Ended."""
         request = repr((verb, number, name, sent(arguments), sent(named)))
-        self.process.stdin.write(request.encode("utf-8", "backslashreplace") + b"\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline(ANSWER)
+        try:
+            self.process.stdin.write(request.encode("utf-8", "backslashreplace") + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline(ANSWER)
+        except OSError:
+            line = b""
         if not line.endswith(b"\n"):
             self.process.kill()
-            raise EOFError
+            raise Ended
         kind, what = ast.literal_eval(line.decode())
         if kind == "value":
             return self.value(what)
         error = getattr(builtins, what, None)
-        known = isinstance(error, type) and issubclass(error, Exception)
+        if isinstance(error, type) and not issubclass(error, Exception):       # SystemExit
+            raise Ended
+        known = isinstance(error, type)
         stop = what in ("StopIteration", "StopAsyncIteration")  # would end a loop of the test
         raise error() if known and not stop else RuntimeError(what)
 
@@ -135,9 +167,9 @@ class Program:
         if not isinstance(x, tuple):
             return x
         kind, what = x
-        if kind in SERIES or kind == "iter":
-            return SERIES.get(kind, iter)([self.value(y) for y in what])
-        if kind == "object":
+        if kind in SERIES:
+            return SERIES[kind]([self.value(y) for y in what])
+        if kind == "object" and type(what) is int:
             return self.remotes.setdefault(what, Remote(self, what))
         make = {"float": float, "complex": complex, "Decimal": decimal.Decimal,
                 "Fraction": lambda parts: fractions.Fraction(*parts),
@@ -163,7 +195,7 @@ def verdicts(source: str, tests: list[str], start: list[str], began) -> list[boo
         signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1)     # again, if a test catches it
         program.ask("run", None, source)
         for i, test in enumerate(tests):
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, Ended):
                 run_test(program, test)
                 found[i] = True
     except BaseException:                                      # time is over, or it does not load
@@ -172,6 +204,8 @@ def verdicts(source: str, tests: list[str], start: list[str], began) -> list[boo
         signal.setitimer(signal.ITIMER_REAL, 0)
         program.process.kill()
         program.process.communicate()
+        program.remotes.clear()                                # which hold the program
+        gc.collect()
     return found
 
 # ---------------------------------------------------------------------------- many, and in order

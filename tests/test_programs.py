@@ -80,7 +80,8 @@ def test_a_row_whose_own_solution_fails_is_refused_with_its_line(tmp_path):
     assert "\n" not in str(error.value)
     for row in ({"text": "x", "code": "y"}, {"text": "x", "code": "y", "test_list": "assert 1"},
                 {"text": "x", "code": "y", "test_list": []},
-                {"text": "x", "code": "def y(): pass", "test_list": ["print(y())"]}):
+                {"text": "x", "code": "def y(): pass", "test_list": ["print(y())"]},
+                {"text": "x", "code": "def y(): pass", "test_list": ["assert True"]}):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(BadInput, match="jsonl:1: .*test_list"):
             data.from_file("code", str(path))
@@ -117,13 +118,18 @@ def test_what_the_right_program_imports_is_the_tests_own(cheat):
     code = ("import math, numpy\nimport math\nfrom math import sqrt\nfrom . import x\n"
             "from collections import Counter, deque\nfrom heapq import merge\n"
             "def merge(x): return x\ndef f(x): return x")
-    ex = {"text": "", "code": code, "test_list": [
+    code = f"from __future__ import annotations\n{code}"
+    ex = {"text": "", "code": code, "setup": "from __future__ import annotations", "test_list": [
         "assert math.isclose(f(4), sqrt(16)) and merge(3) == 3\n"
         "assert f(Counter([1])) == Counter([1])"]}
     right = "def f(x): return x\ndef merge(x): return x"
     assert programs.imports_of(code) == (
         "import math\nfrom math import sqrt\nfrom collections import Counter, deque")
     assert grade("code", right, ex) == 1
+    assert grade("code", f"from __future__ import annotations\n{right}",
+                 {**ex, "before": "import math"}) == 1
+    star = "from math import *\ndef comb(n): return n\nimport heapq"
+    assert programs.imports_of(star) == "import heapq"
     assert grade("code", f"{cheat}def f(x): return 0\ndef merge(x): return x", ex) == 0
 
 

@@ -33,6 +33,7 @@ def tester(request):
         found.process.communicate()
 
 
+EXPECTS = "try:\n    f(1)\nexcept Exception: pass\nelse: raise OSError"
 ANY = "class Any(int):\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n"
 HACKS = {  # none passes a test; {place} is a file that must stay as it is
     "exit": "exit()",
@@ -101,6 +102,9 @@ HACKS = {  # none passes a test; {place} is a file that must stay as it is
                      "while True: pass",
     "network": "import socket\nsocket.create_connection(('127.0.0.1', 22))\ndef f(x): return 1",
     "objects of others": "import gc\ngc.get_objects()\ndef f(x): return 1",
+    "exit, of which a test expects an error": "import sys\ndef f(x): sys.exit(1)",
+    "Ctrl-C": "def f(x): raise KeyboardInterrupt",
+    "too much, where an error is expected": "def f(x): return 'x' * 10**7",
     "recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
     "a list in a list in ...": "def f(x):\n    y = []\n    for i in range(10**5): y = [y]\n"
                                "    return y",
@@ -131,7 +135,8 @@ def test_no_trick_passes_a_test_or_leaves_anything(name, tester, tmp_path):
     place.write_text("years of work")
     harness = Path(sandbox.__file__).read_bytes()
     program = HACKS[name].replace("{place}", str(place)).replace("{folder}", str(tmp_path))
-    assert tester.verdicts(program, TESTS) == [False, False]
+    assert tester.verdicts(program, TESTS if "expect" not in name else [EXPECTS] * 2) == [
+        False, False]
     assert time.time() - clock < sandbox.SECONDS + 10          # 5, on a machine that is not busy
     assert os.listdir(tmp_path) == ["precious"] and place.read_text() == "years of work"
     assert place.stat().st_mode & 0o777 and Path(sandbox.__file__).read_bytes() == harness
@@ -178,11 +183,21 @@ def test_no_trick_passes_a_test_or_leaves_anything(name, tester, tmp_path):
      "assert total(Fraction(1, 3), 1) == Fraction(4, 3) and most(Counter('aab')) == [('a', 2)]"),
     ("class Fraction:\n    numerator = 7\n    def whole(s): return 3\ndef f(): return Fraction()",
      "assert f().whole() == 3 and f().numerator == 7"),
+    ("class Box:\n    def __init__(s, *x): s.x = x\n    def __len__(s): return len(s.x)\n"
+     "    def __getitem__(s, i): return s.x[i]\n    def __iter__(s): return iter(s.x)\n"
+     "    def __eq__(s, o): return s.x == o.x",
+     "box = Box(1, 2)\nassert len(box) == 2 and box[1] == 2 and [*box] == [1, 2] and not Box()\n"
+     "assert box == Box(1, 2) and box != Box(2, 1) and box != (1, 2) and box in [Box(1, 2)]"),
+    ("from collections import Counter, OrderedDict\n"
+     "def f(x): return Counter(x), OrderedDict(a=1, b=2)",
+     "from collections import OrderedDict\nc, d = f('aab')\nassert c['z'] == 0 and c == {'a': 2, "
+     "'b': 1}\nassert d == OrderedDict(a=1, b=2) != OrderedDict(b=2, a=1)"),
     ("class P: pass\ndef f(n): return [P() for i in range(n)]", "assert len(f(20000)) == 20000"),
     ("N = 3", "assert N == 3"), ("print('hello')\ndef f(): return input", "f()")],
     ids=["library", "values", "iterator", "views", "long", "nan", "objects", "error", "check",
          "sum", "dataclass", "own error", "fractions", "deque", "enum",
-         "types", "arguments", "own fraction", "many objects", "constant", "prints"])
+         "types", "arguments", "own fraction", "box", "counter", "many objects", "constant",
+         "prints"])
 def test_what_is_right_passes(program, test, tester):
     assert tester.verdicts(program, [test, "assert False"]) == [True, False]
 
@@ -199,6 +214,17 @@ def test_no_function_comes_out_of_a_program(word, how, tester, tmp_path):
     tests = [f"decode({f'open({place!r}, chr(119))'!r})", f"decode({place!r}, 'w')"]
     assert tester.verdicts(program.replace("WORD", word), tests) == [False, False]
     assert not os.listdir(tmp_path)
+
+
+def test_what_a_program_leaves_in_the_tester_is_let_go(tester):
+    """Objects that bear the number of a whole text; then the next program has all the memory."""
+    flood = ("import sys\nf0 = sys._getframe(1).f_locals\ndef f(n):\n"
+             "    f0['write'](f0['out'], b\"('value', ('object', 'x%d\" % n + b'x' * 900000 + "
+             "b\"'))\\n\")")
+    for _ in range(2):
+        tester.verdicts(flood, ["for i in range(10**6):\n    try: f(i)\n    except TypeError: 0"])
+    right = "def g(n): return list(range(n))"
+    assert tester.verdicts(right, ["assert len(g(130000)) == 130000"]) == [True]
 
 
 def test_each_test_has_a_verdict_of_its_own(tester):
