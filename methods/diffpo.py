@@ -10,6 +10,10 @@ of positions is not random, but over x it is, and depends on the model's confide
 integrated out. At every step the same positions are revealed for all x between two edges, and
     (9)  log pi_pos(trajectory) = log [ Phi((high - mu) / sigma) - Phi((low - mu) / sigma) ].
 Its gradient trains head and model exactly at the first update; later epochs keep these two steps.
+
+As published: two states, one split for old and new, truncated weights, a threshold per prompt.
+Different: its settings and head are not public, ours stand below. Not here: its code, of which none
+is public, and its 8B results.
 """
 import dataclasses
 import math

@@ -4,6 +4,10 @@ A block sees itself and the final text of the blocks before it. So the j-th step
 scored in one pass over [prompt | final text | state]. Blocks count from the prompt's first token;
 counted from the completion's, the replay would not be what the sampler saw. Dynamic sampling:
 groups of equal rewards, which teach nothing, are replaced by those of other prompts.
+
+As published: block cache, one packed pass, a mean over the batch's tokens, clip 0.2 and 0.28,
+advantage std, fine-tuning first. Different: where blocks begin; only whole blocks are denoised, so
+that a completion may take fewer calls than steps. Not here: its inference server.
 """
 import dataclasses
 import functools

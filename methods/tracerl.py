@@ -2,8 +2,12 @@
 
 Value model: what reward a masked position expects, read before it is revealed. A backbone of its
 own, or, beside adapters, a second set of adapters on the same one; its head is zero at first.
-Curriculum: a block-causal model is updated with larger blocks of attention than it was rolled out
-with, and then rolled out with these.
+Block schedule: a block-causal model is updated with larger blocks of attention than it was rolled
+out with, and then rolled out with these.
+
+As published: merged steps, value model, GAE, larger blocks in the update, advantage std, clip 0.2.
+Different: shrink 2 for the tiny model; the KL term is of whole laws, not k3, and to the policy
+before the update, so that it acts from the second inner epoch on. Not here: its inference engines.
 """
 import contextlib
 import copy

@@ -1,4 +1,12 @@
-"""Published checkpoints in stock classes of transformers, no remote code; adapters."""
+"""Published checkpoints in stock classes of transformers, no remote code; adapters.
+
+runs/NAME/model is an adapter that PeftModel.from_pretrained loads on the stock class, opened with
+its weights renamed (attention in both directions, blocks and Dream's shift are the policy's):
+    model = load_model(read_checkpoint(find_folder("GSAI-ML/LLaDA-8B-Instruct")), torch.bfloat16)
+    model = peft.PeftModel.from_pretrained(model, "runs/gsm8k-agrpo-seed0/model")
+An adapter of the published LLaDA class (blocks.0.ff_proj: d1's trainer and its kin) is renamed as
+it is opened, and takes its base's tokenizer if it brings none. --merge DIR writes base and adapter
+as one checkpoint in the family's own layout, names and precision; --model runs/NAME trains on."""
 import contextlib
 import functools
 import json

@@ -1,4 +1,20 @@
-"""Examples: generated, from a file, or from a published data set; what is trained on, what not."""
+"""Examples: generated, from a file, or from a published data set; what is trained on, what not.
+
+    task       --data FILE: .csv with a header, or lines of JSON           from the hub without one
+    sudoku     Puzzle, Solution: 16 digits, 0 an empty cell (.csv)         (generated)
+    countdown  {"nums": [30, 100, 93], "target": 23} or                    (generated)
+               {"input": "30,100,93", "output": "23"}
+    story      question, answer: "27+5=32-3=29\\n#### 29"                   (generated)
+    formula    text, code, test_list                                       (generated)
+    gsm8k      question, answer: "... #### 72"                             openai/gsm8k
+    math       problem, answer                                             nlile/hendrycks-MATH-
+               benchmark to train on, HuggingFaceH4/MATH-500 as test, none of it in training
+    code       MBPP's text or prompt, code, test_list; HumanEval's         google-research-datasets/
+               prompt, entry_point, canonical_solution, test               mbpp; openai_humaneval
+
+agrpo.py: --test-data FILE is held out; without it about a fifth of --data, whole classes of it. An
+example whose own answer its grade does not take is refused, with its line; --skip-bad-examples
+leaves such ones out and counts them."""
 import csv
 import io
 import json

@@ -1,4 +1,19 @@
-"""The families: what config.json says of a published checkpoint, and the stock class it becomes."""
+"""The families: what config.json says of a published checkpoint, and the stock class it becomes.
+
+    model_type  published as            stock class       what differs
+    llada       LLaDA-8B, LLaDA-1.5     LlamaForCausalLM  weights renamed, also those of adapters
+    illada      iLLaDA-8B               LlamaForCausalLM  grouped keys, tied head; config.json as
+                                                          its code reads it, not seen itself
+    Dream       Dream-v0, DiffuCoder    Qwen2ForCausalLM  logits stand one position to the left
+    sdar        SDAR, TraDo             Qwen3ForCausalLM  block-causal; --model-block if config.json
+                                                          has no block_size
+    a2d-qwen3   dllm-hub's Qwen3        Qwen3ForCausalLM  prompts with enable_thinking=false;
+                diffusion models                          --model-block 32 for bd3lm
+    a2d-qwen2   dllm-hub's Qwen2.5-     Qwen2ForCausalLM  the same blocks
+                Coder diffusion models
+
+No remote code runs, and every weight must find its place. Log-probs equal a forward written in
+plain PyTorch from the published names to 1e-5 (tests/checkpoints.py)."""
 import re
 from pathlib import Path
 from typing import NamedTuple

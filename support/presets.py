@@ -1,4 +1,27 @@
-"""Short names of models; sizes for the tiny tasks, for one night on one GPU, and as published."""
+"""Short names of models; sizes for the tiny tasks, for one night on one GPU, and as published.
+
+--preset paper: AGRPO's published estimator. Read against its repository (commit 98f1182), as there:
+states, token law, proposal by summed entropies, weight 1/(m p), a sum over a step's tokens and a
+mean over K and rows, advantage mean, clip 0.2, random order, cosine after the warm-up. Different:
+its top-p drops the token that crosses p (supports of one token 7 % of the time; ours keeps it, 3
+%), its top-k keeps all ties; under its DeepSpeed file each of the K backward calls steps the
+engine, about 24 optimizer steps a rollout, ours makes one; its LoRA target ff_out matches the
+output head, too; u is stratified per process over 8 rows, ours over the batch, and may round up to
+1 and index out of range; a row that is all EOS fails an assertion; the finish test of block 0 reads
+the prompt's tail; text after the first EOS is graded, too; the confidence in training is tempered
+and truncated; its head computes in bfloat16, ours in float32.
+
+--preset justgrpo (arXiv 2601.15165): its order, one token a step, all steps scored, advantage std,
+64 x 16 completions of 256 tokens, temperature 1, rate 5e-6 without warm-up or decay, 125 steps.
+Different: adapters (--lora-rank 0 for all weights, 145 GB for 8B); AGRPO's prompt and reward,
+theirs is the bare question and +1 or -1; AdamW's second beta is 0.99, theirs 0.999; the loss is a
+mean over all completions, theirs over those with an advantage; nothing behind a text's end counts.
+
+One night: 8 prompts x 8 completions of 256 tokens in blocks of 32, 4 tokens a denoising step
+(block-causal models one), K = 4 of 64, LoRA of rank 64, at most 300 training steps. Where a
+full-attention model above 3 billion parameters uses the dual cache (`sizes`), the gradient is not
+the exact one: Eq. 10 weights the completions, tokens alone are scored. --cache none is exact.
+"""
 import os
 
 import torch

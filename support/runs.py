@@ -1,10 +1,7 @@
 """The folder of a run: settings, log, checkpoints, results; stopping and resuming to the bit."""
 import contextlib
-import csv
 import dataclasses
 import fcntl
-import io
-import math
 import os
 import pickle
 import shutil
@@ -20,6 +17,7 @@ from rewards import TASKS, BadInput, prompt_for
 from support.cost import peak_memory_mb
 from support.figures import plot_curves, plot_frontier
 from support.files import need, read_json, refusing, write_atomically, write_json
+from support.log import append_log, read_log, tracker, write_log
 from support.processes import anyone, once, processes, say
 from support.verdict import AFTER, verdict
 
@@ -126,56 +124,6 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
         if type(step) is not int or step < 0:
             raise ValueError(f"it is of step {step!r}")
         return {"step": step, "seconds": seconds, "state": dict(saved.get("state", {}))}
-
-# -------------------------------------------------------------------------------------------- log
-ENDS = {True: ("step", "loss", "grad_norm", "skipped", "lr"),      # columns, of fine-tuning and RL
-        False: ("solved", "ratio", "clip_fraction", "grad_norm", "entropy", "nfe", "ease",
-                "is_weight", "is_capped", "sampled", "passes", "passes_saved", "skipped", "lr")}
-LAST = ("heldout", "peak_memory_mb", "rollout_seconds", "update_seconds")
-
-def ordered(row: dict) -> dict:
-    """A row with all columns of the log in their order, blank where it has nothing."""
-    parts = [k for k in row if k.startswith("reward_")]
-    names = ENDS[True] if "loss" in row else ("step", "reward", *parts, *ENDS[False])
-    return {k: round(row[k], 3) if k.endswith("_seconds") else row.get(k, "")
-            for k in (*names, *LAST, *{"completion_length", "drawn_before"} & row.keys())}
-
-def read_log(path: Path, before_step: float = math.inf) -> list[dict]:
-    """Whole rows of log.csv before a step: later ones are done again. Raises BadInput."""
-    if not path.is_file():
-        return []
-    with refusing(path), open(path, newline="", errors="replace") as f:
-        return [row for row in csv.DictReader(f) if None not in row.values()
-                and row.get("step", "").isdecimal() and int(row["step"]) < before_step]
-
-def write_log(path: Path, rows: list[dict]):
-    """All rows of a log.csv, whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows((*rows[:1], *map(dict.values, rows)))
-    write_atomically(path, lambda f: f.write(text.getvalue().encode()))
-
-def append_log(path: Path, row: dict):
-    """One row more; the first brings the header."""
-    row = ordered(row)
-    with open(path, "a") as f:
-        lines = csv.writer(f, lineterminator="\n")
-        if not f.tell():
-            lines.writerow(row)
-        lines.writerow(row.values())
-
-@contextlib.contextmanager
-def tracker(cfg, folder: Path):
-    """Yields track(row of the log): to the tracker of --report-to by accelerate, or nowhere."""
-    if not cfg.report_to:
-        yield lambda row: None
-        return
-    from accelerate import Accelerator
-    accelerator = Accelerator(cpu=cfg.device == "cpu", log_with=cfg.report_to, project_dir=folder)
-    accelerator.init_trackers("agrpo", dataclasses.asdict(cfg))
-    try:
-        yield lambda row: accelerator.log(row, step=row["step"])
-    finally:
-        accelerator.end_training()
 
 # --------------------------------------------------------------------------------- a training run
 @contextlib.contextmanager

@@ -3,7 +3,13 @@
 Two processes. A program runs in a sandbox (support/inside.py) and is only asked for values: it sees
 neither a test nor what is expected. The tests run outside, on plain values: no name that a program
 redefines, no text that it prints, no way of ending passes one. What goes into a call must be
-plain, too, and is copied: a test that looks at an argument again sees it unchanged."""
+plain, too (or a built-in type), and is copied: a test that looks at an argument again sees it
+unchanged. SECONDS and MEMORY for a program with all its tests, then it is killed.
+
+With bubblewrap (apt install bubblewrap) the operating system keeps a program from network, files
+and other processes. Without, limits and a Python audit hook do: they hold against what a model
+tries by chance, not against somebody who means to break out of the interpreter, least of all where
+you are root. A line says which it is. Tests come from the data file and are trusted."""
 import ast
 import builtins
 import contextlib

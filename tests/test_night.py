@@ -18,7 +18,7 @@ from gpu import large_policy  # noqa: E402
 from nights import GPUS  # noqa: E402
 from rewards import BadInput  # noqa: E402
 from shapes import SHAPES, night, stock_config  # noqa: E402
-from support import cost, options, presets, runs  # noqa: E402
+from support import cost, log, options, presets, runs  # noqa: E402
 from support.verdict import verdict  # noqa: E402
 
 H100, A100, RTX = GPUS["80 GB (H100)"], GPUS["40 GB (A100)"], GPUS["24 GB (RTX 4090)"]
@@ -254,7 +254,7 @@ def test_the_announcement_is_a_sentence_with_the_numbers_of_the_forecast(on_gpu)
     assert first.startswith(words) and "--cache none is exact" in rest[-1]
     assert "--hours 16" in first and cost.duration(run["total"]) in first
     assert f"{memory:.1f} GB" in first and "--preset paper" in first
-    readme = (Path(agrpo.__file__).parent / "README.md").read_text()
+    readme = (Path(agrpo.__file__).parent / "assets" / "README.md").read_text()
     assert first.replace("a GPU:", "NVIDIA GeForce RTX 4090:") in readme
     with pytest.raises(BadInput, match="this GPU has 13"):
         on_gpu(12.6, 51e12, 8)
@@ -368,10 +368,10 @@ def test_out_of_memory_advice_starts_from_the_sizes_that_memory_decided(here, mo
 def test_a_part_with_a_comma_in_its_name_keeps_its_column(here):
     row = {"step": 0, "reward": 1.0, "reward_a,b": 0.5, "rollout_seconds": 1.0,
            "update_seconds": 1.0}
-    runs.append_log(Path("log.csv"), row)
-    runs.write_log(Path("log.csv"), runs.read_log(Path("log.csv")))
-    runs.append_log(Path("log.csv"), {**row, "step": 1})
-    assert [r["reward_a,b"] for r in runs.read_log(Path("log.csv"))] == ["0.5", "0.5"]
+    log.append_log(Path("log.csv"), row)
+    log.write_log(Path("log.csv"), log.read_log(Path("log.csv")))
+    log.append_log(Path("log.csv"), {**row, "step": 1})
+    assert [r["reward_a,b"] for r in log.read_log(Path("log.csv"))] == ["0.5", "0.5"]
 
 
 def test_a_run_says_after_twenty_steps_whether_it_learns(here, quick, capsys):

@@ -34,7 +34,7 @@ def sections(book) -> dict:
 
 def test_each_section_ends_in_an_assertion_and_outputs_are_saved(saved):
     found = sections(saved)
-    assert list(found) == [str(n) for n in range(1, 14)]
+    assert list(found) == [str(n) for n in range(1, 15)]
     for number, cells in found.items():
         assert "assert " in cells[-1].source, number
     for cell in saved.cells:
@@ -42,6 +42,15 @@ def test_each_section_ends_in_an_assertion_and_outputs_are_saved(saved):
             assert cell.execution_count
             assert all(out.output_type != "error" for out in cell.outputs)
     assert len(outputs(saved, "image/png")) >= 15
+
+
+def test_it_is_short_enough_to_be_read(saved):
+    markdown, code = ([cell.source for cell in saved.cells if cell.cell_type == kind]
+                      for kind in ("markdown", "code"))
+    lines = [len(text.splitlines()) for text in code]
+    assert sum(len(text.split()) for text in markdown) <= 2500
+    assert sum(lines) <= 450 and max(lines) <= 20
+    assert not [line for text in code for line in text.splitlines() if len(line) > 100]
 
 
 def test_every_equation_names_its_variables(saved):

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from support import figures, runs as run_folder  # noqa: E402
+from support import figures, log as run_log  # noqa: E402
 import tables  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -116,7 +116,7 @@ def main(arguments):
     print(tables.seeds(), tables.fewer_steps(), sep="\n\n")
     for task in sorted({s["task"] for _, s in found}):
         runs = [(f, s) for f, s in found if s["task"] == task]
-        logs = [run_folder.read_log(f / "log.csv") for f, _ in runs]
+        logs = [run_log.read_log(f / "log.csv") for f, _ in runs]
         with tables.writing(ASSETS / f"curve-{task}.csv") as f:
             out = csv.writer(f, lineterminator="\n")
             keep = [
