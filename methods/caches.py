@@ -6,7 +6,7 @@
              (Fast-dLLM, arXiv 2505.22618)
     prefix   that block and what follows; what comes before is as it was then (likewise)
 The last two are approximate: elsewhere keys and values are those of a state some steps old. So the
-completions are those of another law, and count their probability / probability times:
+completions are those of another law, and are weighted by the ratio of the two:
     (10) W = w_t prod_{s drawn, s != t} [ 1 + (w_s - 1) / p_s ], cut to +-C,
 w_s = pi(step s) / pi_cache(step s); uncut, its expectation is prod_s w_s. That is an importance
 weight where the choice of positions counts (position term) or is uniform; with tokens only, the

@@ -8,13 +8,13 @@
     formula    text, code, test_list                                       (generated)
     gsm8k      question, answer: "... #### 72"                             openai/gsm8k
     math       problem, answer                                             nlile/hendrycks-MATH-
-               benchmark to train on, HuggingFaceH4/MATH-500 as test, none of it in training
+                                                                           benchmark; MATH-500
     code       MBPP's text or prompt, code, test_list; HumanEval's         google-research-datasets/
                prompt, entry_point, canonical_solution, test               mbpp; openai_humaneval
 
 agrpo.py: --test-data FILE is held out; without it about a fifth of --data, whole classes of it. An
-example whose own answer its grade does not take is refused, with its line; --skip-bad-examples
-leaves such ones out and counts them."""
+example whose own answer is graded wrong is refused, with its line; --skip-bad-examples leaves such
+ones out and counts them. Of the hub's MATH no problem of MATH-500 is trained on."""
 import csv
 import io
 import json

@@ -2,8 +2,8 @@
 
     model_type  published as            stock class       what differs
     llada       LLaDA-8B, LLaDA-1.5     LlamaForCausalLM  weights renamed, also those of adapters
-    illada      iLLaDA-8B               LlamaForCausalLM  grouped keys, tied head; config.json as
-                                                          its code reads it, not seen itself
+    illada      iLLaDA-8B               LlamaForCausalLM  grouped keys, tied head; its config.json
+                                                          is inferred from its code
     Dream       Dream-v0, DiffuCoder    Qwen2ForCausalLM  logits stand one position to the left
     sdar        SDAR, TraDo             Qwen3ForCausalLM  block-causal; --model-block if config.json
                                                           has no block_size

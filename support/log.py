@@ -4,7 +4,7 @@
     loss                    of fine-tuning, in place of the columns down to `passes_saved`
     reward, reward_PART     mean reward of the completions sampled, and of each of its parts
     solved, sampled         share of them that is solved, and how many there were
-    heldout                 share of half of the held-out examples that is solved, greedy, every
+    heldout                 share solved greedily, of one half of the held-out examples, every
                             --eval-every steps
     ratio, clip_fraction    mean ratio, share outside of the clip range: of tokens, and of choices
                             of positions

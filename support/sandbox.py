@@ -4,7 +4,7 @@ Two processes. A program runs in a sandbox (support/inside.py) and is only asked
 neither a test nor what is expected. The tests run outside, on plain values: no name that a program
 redefines, no text that it prints, no way of ending passes one. What goes into a call must be
 plain, too (or a built-in type), and is copied: a test that looks at an argument again sees it
-unchanged. SECONDS and MEMORY for a program with all its tests, then it is killed.
+unchanged. A program that takes more than SECONDS or MEMORY, all its tests included, is killed.
 
 With bubblewrap (apt install bubblewrap) the operating system keeps a program from network, files
 and other processes. Without, limits and a Python audit hook do: they hold against what a model

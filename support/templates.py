@@ -1,12 +1,12 @@
 """From a message to the text that a model reads: its chat template, and the arguments of that.
 
 --prompt agrpo (of checkpoints not trained here) asks for think and answer tags with \\boxed inside,
---prompt d1 for reasoning and answer tags, and the completion begins after <reasoning>: in our own
-words, to the published formats. --system-prompt TEXT replaces the instructions, --prompt bare
-leaves the statement alone. --template-args enable_thinking=true hands names to the template in
-place of the family's own (none: no names). What a template writes of the answer, such as a think
-block, belongs to the prompt and earns nothing. A model without a template reads plain text:
---prompt bare, or --sft first. A trained model and an evaluation remember all of these."""
+--prompt d1 for reasoning and answer tags, and the completion begins after <reasoning>: published
+formats in our wording. --system-prompt TEXT replaces the instructions, --prompt bare leaves the
+statement alone. --template-args enable_thinking=true passes arguments to the template in place of
+the family's own (none: no arguments). What a template writes of the answer, such as a think block,
+belongs to the prompt and earns nothing. A model without a template reads plain text: --prompt bare,
+or --sft first. A trained model and an evaluation remember all of these."""
 import inspect
 import re
 

@@ -80,7 +80,7 @@ def blocks(words, size):
     for edge in range(0, len(words) + 1, size):
         axis.plot([edge, edge], [-0.1, 1.1], color="black", lw=2.5)
     axis.set(xlim=(-0.1, len(words) + 0.1), ylim=(-0.15, 1.15),
-             title="Where does a text end? (black: edges of blocks)")
+             title="Where does a text end? (black: edges of blocks; <a>: <answer>)")
     axis.axis("off")
     plt.show()
 
@@ -122,7 +122,7 @@ def losers(F, won, places, t):
     axis.bar(places[~won], F[~won], color=LIGHT, ec="black")
     for place in places[won].tolist():
         axis.text(place, 0.03, "won", rotation=90, ha="center", fontsize=10)
-    axis.set(title=f"How surely did each open position lose step {t}?", ylabel="$F_j(c)$",
+    axis.set(title=f"With which probability does each candidate lose step {t}?", ylabel="$F_j(c)$",
              xlabel="position (no bar: revealed before)", xticks=range(16), xlim=(-0.6, 15.6),
              ylim=(0, 1.05))
     plt.show()
@@ -210,7 +210,7 @@ def learning(log, base, trained):
     smooth = [share[max(0, i - 9):i + 1].mean() for i in range(len(share))]
     before, after = 100 * base["solved"], 100 * trained["solved"]
     fig, axis = plt.subplots(figsize=(8, 3.8))
-    axis.plot(seconds, share, color="0.75", lw=0.8)
+    axis.plot(seconds, share, color="0.75", lw=0.8)            # each step; black: mean of ten
     axis.plot(seconds, smooth, color="black", lw=2)
     axis.axhline(before, color="0.4", ls="--", lw=1)
     axis.plot(seconds[-1], after, "s", color="black", ms=8)
@@ -218,7 +218,7 @@ def learning(log, base, trained):
     label(axis, seconds[-1] * 1.12, before, "base, held out, greedy", (0, 7), fontsize=9)
     label(axis, seconds[-1], after, "trained, held out, greedy", (7, 0), fontsize=9)
     axis.set(title="Does AGRPO make the model better at Sudoku?", ylabel="solved, %", ylim=(0, 100),
-             xlabel="seconds of rollout and update", xlim=(0, seconds[-1] * 1.4))
+             xlabel="seconds of rollout and update (grey: each step)", xlim=(0, seconds[-1] * 1.4))
     plt.show()
 
 
