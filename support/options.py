@@ -334,7 +334,7 @@ def need_gpu(cfg):
          f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with "
          "adapters), and there is none here. Here runs: python agrpo.py --task sudoku (a tiny "
          "model, minutes; of your own tasks, those with generate and lazy), or --model DIR "
-         "--device cpu with a checkpoint below 1 billion parameters (the README makes one)")
+         "--device cpu with a checkpoint below 1 billion parameters (tests/checkpoints.py)")
 
 def default_name(cfg) -> str:
     """TASK-WHAT-seedSEED, where WHAT is the method, or the preset of agrpo, and all that sets the
