@@ -65,7 +65,8 @@ def plot_curves(path: Path, runs: list[tuple], task: str, method: str = "AGRPO")
             label_end(axis, end, used, text, COLOUR[kind])
         axis.set_xlim(0, end * 1.35)
         axis.set_ylim(0, max(top, used + 0.05 * top))
-    several = f" (mean of {len(runs)} seeds, band: lowest and highest)" if len(runs) > 1 else ""
+    several = (f" (mean of {len(runs)} seeds, band: lowest and highest)" if len(runs) > 1 else
+               " (thin: each step, dashed: mean of ten)")
     figure(path, f"Does {method} make the model better at {task}?",
            "minutes of rollout and update" + several, "solved, %", draw)
 
