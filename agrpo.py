@@ -11,7 +11,7 @@ The algorithm (arXiv 2510.04019) in five lines:
 B prompts x G completions = N rows; P prompt, C completion, L block length; T steps; K mc_steps;
     M views: a view is a state with the tokens to score on it; V vocabulary; x_t state, o tokens,
     u reveal_step, U_t target, A adv, r ratio, Z normalizer, tau temperature; R rows of N, n or l
-    positions of theirs, k tokens of a support. Eq. 1 to 6: our numbers, not the paper's (README).
+    positions of theirs, k tokens of a support. Eq. 1 to 6: our numbers, not the paper's (notebook).
 Departs from the official code in (`--preset paper` goes back in 2 to 4):
     1. the choice of positions counts where it depends on the model (Eq. 6); 2. so does every step
     until the sampler stops: Z = T, advantage leave_one_out, 1/T of the gradient of E[R];

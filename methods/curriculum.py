@@ -61,6 +61,7 @@ def by_solve_rate(one_step: Callable, state: dict) -> Callable:
     """one_step on prompts drawn by their record, none twice in a step if there are enough. state:
     what is kept from step to step, changed in place."""
     def step_of(policy, optimizer, examples, step: int, cfg, sample) -> dict:
+        """As agrpo.train_step."""
         n, B, g = len(examples), cfg.prompts, agrpo.generator("curriculum", cfg.seed, step)
         need(step == 0 or all(isinstance(x := state.get(name), torch.Tensor) and x.shape == (n,)
              and bool((x >= 0).all()) for name in ("solved", "seen")), LOST)
@@ -85,6 +86,7 @@ def by_solve_rate(one_step: Callable, state: dict) -> Callable:
 def by_length(one_step: Callable, state: dict) -> Callable:
     """one_step at the length of the moment; state as above."""
     def step_of(policy, optimizer, examples, step: int, cfg, sample) -> dict:
+        """As agrpo.train_step."""
         at_length, done = stages(cfg), state.setdefault("steps", [0])      # at each length so far
         need(type(done) is list and 0 < len(done) <= len(at_length) and sum(done) == step, LOST)
         now, cut = at_length[len(done) - 1], []

@@ -139,11 +139,16 @@ def formula_lazy(example: dict, rng: random.Random) -> str:
     x, y = map(int, example["text"].split()[0].split(">"))
     return f"x{y - x:+}" if y != x else "x"
 
-def formula_passed(answer: str, example: dict) -> tuple[bool, ...]:
-    """Which tests a formula over x passes, as a function of it; what is none passes none."""
+def formula_of(answer: str) -> str:
+    """An answer that is a formula over x, else ""."""
     answer = answer.strip()
     read = re.fullmatch(r"[x0-9+*() -]{1,60}", answer) and "**" not in answer  # (9**9**9 is slow)
-    return passed(f"def f(x): return {answer}" if read else "", example)
+    return answer if read and parsed(answer) else ""
+
+def formula_passed(answer: str, example: dict) -> tuple[bool, ...]:
+    """Which tests a formula passes, as a function of x; what is none passes none."""
+    formula = formula_of(answer)
+    return passed(f"def f(x): return {formula}" if formula else "", example)
 
 def formula_grade(answer: str, example: dict) -> float:
     """1 if there are tests and the formula passes all, else 0."""
@@ -153,4 +158,4 @@ def formula_grade(answer: str, example: dict) -> float:
 def formula_parts(answer: str, example: dict) -> dict:
     """format: a formula; tests: share of the tests that it passes."""
     found = formula_passed(answer, example)
-    return {"format": float(bool(parsed(answer))), "tests": sum(found) / max(1, len(found))}
+    return {"format": float(bool(formula_of(answer))), "tests": sum(found) / max(1, len(found))}

@@ -159,6 +159,9 @@ def test_formulas_are_split_and_lazy_ones_fit_the_first_pair_only(monkeypatch):
     for task in ("code", "formula"):                           # no tests: nothing is solved
         ex = {"text": "", "code": "x", "test_list": []}
         assert grade(task, "x", ex) == 0 and reward_parts(task, "x", ex)["tests"] == 0
+    ex = {"test_list": ["assert f(3) == 7"]}
+    for text, form in (("x+x+1", 1), ("2*x", 1), ("hello", 0), ("x>3", 0), ("x**2", 0), ("x+", 0)):
+        assert reward_parts("formula", text, ex)["format"] == form / 2, text
     monkeypatch.setattr(programs.testers, "passed", None)      # what is no formula is never run
     assert grade("formula", "9**9**9", {"test_list": ["assert f(3)"]}) == 0
     assert grade("formula", "__import__('os').name", {"test_list": ["assert f(3)"]}) == 0

@@ -39,14 +39,12 @@ def denoised(model: str, cfg, examples: list) -> tuple:
 def draw_grid(axis, title, example, digits, when, step):
     """The cells revealed up to a step; digits of the puzzle on grey, wrong ones red."""
     axis.clear()
-    right = 0
     for cell, (digit, t) in enumerate(zip(digits, when)):
         y, x = divmod(cell, 4)
         given = example["puzzle"][cell] != "0"
         colour = GIVEN if given else "white"
         axis.add_patch(plt.Rectangle((x, 3 - y), 1, 1, fc=colour, ec="#bbbbbb"))
         good, seen = digit == example["solution"][cell], t <= step
-        right += good and seen
         axis.text(
             x + 0.5, 3.5 - y, digit if seen else (example["puzzle"][cell] if given else "·"),
             ha="center", va="center_baseline", fontsize=19 if seen else 11,
@@ -64,7 +62,7 @@ def draw_grid(axis, title, example, digits, when, step):
     axis.axis("off")
 
 
-def draw_curve(axis, settings):
+def draw_curve(axis):
     """Held-out share against minutes: mean, lowest and highest of the seeds."""
     with open(ASSETS / "curve-sudoku.csv") as f:
         rows = list(csv.DictReader(f))
@@ -97,7 +95,7 @@ def main(folder: str):
     films = [denoised(cfg.model, cfg, examples), denoised(f"{folder}/model", cfg, examples)]
     fig, axes = plt.subplots(1, 3, figsize=(9, 2.9), dpi=80, layout="constrained",
                              width_ratios=(1, 1, 1.7))
-    draw_curve(axes[2], cfg)
+    draw_curve(axes[2])
     frames, times = [], []
     for i, example in enumerate(examples):
         last = max(max(when[i]) for _, when in films)
