@@ -422,7 +422,7 @@ def steps_inside(traj: Trajectory, cfg: Config) -> Tensor:
 
 def views_where(weight, traj: Trajectory, cfg: Config, mask_id: int) -> Views:
     """weight (N, T) -> the visited states where it is not zero."""
-    row, step = (weight != 0).nonzero(as_tuple=True)
+    row, step = weight.expand_as(traj.entropy).nonzero(as_tuple=True)
     row, step, weight = (x.to(traj.tokens.device) for x in (row, step, weight[row, step]))
     return make_views(traj, row, step, *state_at(traj, row, step, mask_id), cfg, traj.old, weight)
 
@@ -551,9 +551,9 @@ def update(policy, optimizer, traj: Trajectory, reward, step: int, cfg: Config,
     """Advantages, views, gradients, an optimizer step per inner epoch -> what is logged. A second
     network: per_token(views, adv (N, 1)) -> adv (N, C), also(views) -> loss, ratios: its own."""
     clock, groups, ratios = time.perf_counter(), reward.view(-1, cfg.completions), []
-    adv = ADVANTAGES[cfg.advantage](groups)                                            # (B, G)
+    adv = ADVANTAGES[cfg.advantage](groups).reshape(reward.shape)                      # (N,)
     finite = all(bool(x.isfinite().all()) for x in (adv, traj.logp, traj.order_logp, traj.gradient))
-    adv = adv.reshape(-1).to(traj.logp.device) if finite else torch.zeros_like(traj.logp[:, 0])
+    adv = adv.to(traj.logp.device) if finite else torch.zeros_like(traj.logp[:, 0])
     made = [METHODS[cfg.method].views(traj, adv, cfg, policy.mask_id, generator(
         "timesteps", cfg.seed, step, *([i] if i else []))) for i in range(cfg.inner_epochs)]
     adv = per_token(made[0], adv[:, None])

@@ -172,8 +172,8 @@ def settings_of(given: dict, flags) -> tuple:
     cfg, fixed = settle(given, {"temperature"}), given
     shape = {"completion_length": known.get("eval_length") or known.get("completion_length"),
              "block_length": known.get("eval_block_length") or known.get("block_length"),
-             "eval_steps": known.get("eval_steps")}
-    if known.get("task") == task and [type(x) for x in shape.values()] == [int, int, str]:
+             "eval_steps": known.get("eval_steps"), "data": known.get("test_data")}
+    if known.get("task") == task and [type(x) for x in shape.values()] == [int, int, str, str]:
         fixed = {**shape, **whole, **given}                    # as it was evaluated in training
     cfg = options.with_model(dataclasses.replace(cfg, **fixed, rollout_batch=flags.batch), fixed)
     cfg = dataclasses.replace(options.for_evaluation(cfg), **given, **whole)
@@ -200,6 +200,9 @@ def run(given: dict, flags) -> int:
     n = flags.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0)
     examples = load_examples(cfg.task, n, 0, "test", cfg.data, flags.skip_bad_examples)
     try_task(cfg.task, examples[0])
+    learned = options.saved_settings(cfg.model).get("task", cfg.task)
+    if learned != cfg.task:
+        say(f"note: {cfg.model} has learned {learned}, not {cfg.task}")
     if seen := trained_on(cfg, examples):
         say(f"note: the model was trained on {seen} of these {len(examples)} examples")
     check_prompts(dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)
@@ -277,7 +280,8 @@ def parse(argv: list[str]) -> tuple:
               if i < 4 or not short or name in asked}
     words = "".join(f"\n{options.flag(knob)}: {', '.join(rows)}"
                     for knob, rows in {"task": TASKS, "model": MODELS, **choices()}.items())
-    text = agrpo.__doc__.partition("\n\n")[0] + words
+    text = agrpo.__doc__.partition("\n\n")[0] + words + (
+        "\n\nDefaults are those of the --task, --model, --method, --preset and --sft given.")
     known = {word[2:]: value for word, value in zip(argv, argv[1:])
              if word in ("--task", "--model", "--method", "--preset", "--sft")}
     given = curriculum.with_length(options.read_flags(

@@ -197,7 +197,8 @@ def announce(config, cfg, lengths: tuple, device: str, processes: int) -> str:
     fewer = f" (as many as fit into --hours {cfg.hours:g})" if steps < cfg.max_steps else ""
     where = torch.cuda.get_device_name(device) if gpu else "this CPU"
     text = [f"{cfg.model}{kind}, estimated for {where}: {steps} step{'s' * (steps != 1)}{fewer}, "
-            f"{time['total']} with evaluations, {size['total']} of memory"
+            f"{time['total']} with evaluations (less where completions end early), "
+            f"{size['total']} of memory"
             + ("" if cfg.preset or cfg.sft else "; --preset paper runs the published sizes")]
     text.append(
         f"a step {duration(run['rollout'] + run['update'])}: rollout {time['rollout']}, update "

@@ -273,7 +273,8 @@ def report(folder: Path, cfg, heldout: list, base: list, trained: list, seconds:
     for ex, *pair in list(zip(heldout, base[0]["completions"], trained[0]["completions"]))[:20]:
         before, after = (f"{'+' if TASKS[cfg.task].grade(c, ex) == 1 else ' '} {c}" for c in pair)
         prompt = "".join(prompt_for(cfg.task, ex, cfg.prompt, cfg.system_prompt))
-        samples.append(f"prompt    {prompt}\n  base    {before}\n  trained {after}\n")
+        samples.append(f"prompt    {prompt}\n  right     {TASKS[cfg.task].gold(ex)}\n"
+                       f"  base    {before}\n  trained {after}\n")
     write_atomically(folder / "samples.txt", lambda f: f.write("\n".join(samples).encode()))
     rows = read_log(folder / "log.csv")
     if rows:

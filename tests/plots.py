@@ -47,8 +47,9 @@ def lattice(axis, rows, columns, colour):
     axis.tick_params(which="minor", length=0)
 
 
-def strip(traj, prompt, cells):
-    """A 4x4 grid per state: hatched MASK, white revealed earlier, black revealed by this step."""
+def strip(traj, prompt, cells, likeliest):
+    """A 4x4 grid per step: black revealed now, white earlier, hatched MASK with what the model
+    holds for likeliest there (T, 16)."""
     T, when = int(traj.nfe[0]), traj.reveal_step[0].tolist()
     fig, axes = plt.subplots(2, (T + 3) // 2, figsize=(11, 5.2))
     for axis in axes.flat:
@@ -59,13 +60,16 @@ def strip(traj, prompt, cells):
         axis.set_title(["prompt", "all MASK"][panel] if t < 0 else f"step {t}", fontsize=10)
         for i, (token, step) in enumerate(zip(cells, when)):
             y, x = divmod(i, 4)
-            text = prompt[i].replace("0", "") if panel == 0 else token if step <= t else ""
             new, masked = panel > 0 and step == t, panel > 0 and step > t
-            fill, ink = ("black", "white") if new else ("white", "black")
-            axis.add_patch(plt.Rectangle((x, y), 1, 1, fc=fill, ec="0.45", lw=0.8,
-                                         hatch="////" if masked else None))
-            axis.text(x + 0.5, y + 0.55, text, ha="center", va="center", fontsize=13, color=ink)
-    fig.suptitle("In which order does the model fill in a Sudoku?")
+            text = likeliest[t][i] if t >= 0 and masked else "" if masked else token
+            text = text if panel else prompt[i].replace("0", "")
+            fill, ink = ("black", "white") if new else ("white", "0.5" if masked else "black")
+            axis.add_patch(plt.Rectangle((x, y), 1, 1, fc="0.9" if masked else fill, ec="0.45",
+                                         lw=0.8, hatch="" if t >= 0 or not masked else "////"))
+            axis.text(x + 0.5, y + 0.55, text, ha="center", va="center", color=ink,
+                      fontsize=9 if masked else 13)
+    fig.suptitle("In which order does the model fill in a Sudoku? (black: revealed now, grey: MASK "
+                 "with the token likeliest there)")
     plt.show()
 
 
@@ -123,7 +127,7 @@ def losers(F, won, places, t):
     for place in places[won].tolist():
         axis.text(place, 0.03, "won", rotation=90, ha="center", fontsize=10)
     axis.set(title=f"With which probability does each candidate lose step {t}?", ylabel="$F_j(c)$",
-             xlabel="position (no bar: revealed before)", xticks=range(16), xlim=(-0.6, 15.6),
+             xlabel="position (empty: revealed before)", xticks=range(16), xlim=(-0.6, 15.6),
              ylim=(0, 1.05))
     plt.show()
 
@@ -135,7 +139,8 @@ def estimates(curves):
         n = torch.arange(1, len(error) + 1)
         axis.plot(n, error, style, color=colour, lw=1.5)
         axis.plot(n, one / n.sqrt(), ":", color=colour, lw=1)
-        label(axis, len(error), float(error[-1]), f"$p$ by {size}", color=colour)
+        name = {"uniform": "uniform $p$"}.get(size, f"$p$ by {size}")
+        label(axis, len(error), float(error[-1]), name, color=colour)
     axis.set(xscale="log", yscale="log", xlim=(1, 30000), ylabel="|mean - exact| / |exact|",
              title="Does one drawn step estimate the sum over all six?",
              xlabel="estimates averaged, K = 1 each (dotted: one draw's deviation / $\\sqrt{n}$)")
@@ -214,15 +219,16 @@ def learning(log, base, trained):
     axis.plot(seconds, smooth, color="black", lw=2)
     axis.axhline(before, color="0.4", ls="--", lw=1)
     axis.plot(seconds[-1], after, "s", color="black", ms=8)
-    label(axis, seconds[-1], smooth[-1], "sampled in training", fontsize=9)
-    label(axis, seconds[-1] * 1.12, before, "base, held out, greedy", (0, 7), fontsize=9)
-    label(axis, seconds[-1], after, "trained, held out, greedy", (7, 0), fontsize=9)
-    axis.set(title="Does AGRPO make the model better at Sudoku?", ylabel="solved, %", ylim=(0, 100),
-             xlabel="seconds of rollout and update (grey: each step)", xlim=(0, seconds[-1] * 1.4))
+    label(axis, seconds[-1], smooth[-1], "sampled in 8 steps", fontsize=9)
+    label(axis, seconds[-1] * 1.12, before, "base, held out, greedy, 16 steps", (0, 7), fontsize=9)
+    label(axis, seconds[-1], after, "trained, held out, greedy, 16", (7, 0), fontsize=9)
+    axis.set(title="Does AGRPO make the model better at Sudoku? (one seed)", ylabel="solved, %",
+             ylim=(0, 100), xlabel="seconds of rollout and update (grey: each step)",
+             xlim=(0, seconds[-1] * 1.4))
     plt.show()
 
 
-def frontier(base, trained, sure):
+def frontier(base, trained, base_sure, trained_sure):
     """Solved share against denoiser calls; sure: by the sampler threshold."""
     fig, axis = plt.subplots(figsize=(8, 3.8))
     for results, style, fill, name in ((trained, "-s", "black", "trained"),
@@ -231,8 +237,11 @@ def frontier(base, trained, sure):
         bars = np.abs(100 * np.array([r["ci95"] for r in results]).T - y)
         axis.errorbar(x, y, yerr=bars, fmt=style, color="black", capsize=3, lw=1.8, mfc=fill)
         label(axis, x[0], y[0], name, (8, 0))
-    axis.plot(sure["nfe"], 100 * sure["solved"], "*", ms=14, mfc="white", color="black")
-    label(axis, sure["nfe"], 100 * sure["solved"], "trained, threshold 0.9", (-8, 12), fontsize=9)
+    for sure, fill, name in ((trained_sure, "black", "trained"), (base_sure, "white", "base")):
+        x, y = sure["nfe"], 100 * sure["solved"]
+        bars = np.abs(100 * np.array([sure["ci95"]]).T - y)
+        axis.errorbar(x, y, yerr=bars, fmt="*", ms=14, capsize=3, mfc=fill, color="black")
+        label(axis, x, y, f"{name}, threshold 0.9", (-8, 24), fontsize=9)
     axis.set(title="How many Sudokus are solved in how many denoiser calls?", xticks=[2, 4, 8, 16],
              xlabel="NFE: denoiser calls per completion (bars: 95 % interval)",
              ylabel="solved, %", xlim=(0, 19), ylim=(0, 100))
@@ -269,10 +278,11 @@ def likelihoods(found):
         axis.hexbin(recorded, scored, gridsize=28, cmap="gray_r", bins="log",
                     extent=(-3, 0, -3, 0), mincnt=1)
         axis.axline((0, 0), slope=1, color="black", lw=0.8, ls="--")
-        axis.set(title=f"{title}: {distance:.3f} nats off", xlabel="log-prob when sampled",
-                 xlim=(-3, 0.05), ylim=(-3, 0.05))
+        axis.set(title=f"{title}: mean difference {distance:.3f} nats", xlim=(-3, 0.05),
+                 ylim=(-3, 0.05), xlabel="log-prob when sampled")
     axes[0].set_ylabel("log-prob as scored")
-    fig.suptitle("How far is the scored likelihood from the sampler's? (every token)")
+    fig.suptitle("How far is the scored likelihood from the sampler's? (darker: more tokens, on a "
+                 "log scale; below -3 not shown)")
     plt.show()
 
 
@@ -290,7 +300,8 @@ def thresholds(traj, mu):
                       annotation_clip=False)
     axis.set(title="Which thresholds would have revealed the same?", yticks=[],
              ylabel="completions of one prompt", xlim=(-0.2, 0.4), ylim=(13, 0),
-             xlabel="ease = - log threshold (circle: drawn; bar: same outcome; shade: its law)")
+             xlabel="ease = - log threshold (circle: drawn; bar: same outcome, cut at -0.2; "
+                    "shade: its law)")
     plt.show()
 
 
@@ -327,12 +338,12 @@ def biases(bias):
     """{(sampler, "on" or "off"): relative error}"""
     names = list(dict.fromkeys(name for name, _ in bias))
     fig, axis = plt.subplots(figsize=(9, 3))
-    off, on = ([100 * bias[name, term] for name in names] for term in ("off", "on"))
+    off, on = ([bias[name, term] for name in names] for term in ("off", "on"))
     x = np.arange(len(names))
     axis.bar(x - 0.2, off, 0.4, color="0.75", ec="black", hatch="///", label="tokens only")
-    axis.bar(x + 0.2, on, 0.4, color="black", label="tokens and positions (below 1e-12)")
+    axis.bar(x + 0.2, on, 0.4, color="black", label="tokens and positions")
     axis.set_xticks(x, names)
     axis.set(title="How far off is the expected gradient? (worst of 5 enumerated denoisers)",
-             ylabel="relative error, %")
+             ylabel="relative error", yscale="log", ylim=(1e-17, 30))
     axis.legend(frameon=False)
     plt.show()

@@ -390,6 +390,25 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, flags, word, capsys):
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before
 
 
+def test_a_model_of_another_task_is_named_and_its_own_held_out_file_is_used(here, quick, capsys):
+    rows = data.load_examples("sudoku", 12, 7, "train")
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert agrpo.main([*quick, "--max-steps", "0", "--name", "m", "--data", "own.jsonl",
+                       "--test-data", "own.jsonl"]) == 2       # nothing is left to train on
+    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data.load_examples(
+        "sudoku", 9, 8, "train")))
+    assert agrpo.main([*quick, "--max-steps", "0", "--name", "m", "--data", "own.jsonl",
+                       "--test-data", "other.jsonl"]) == 0
+    capsys.readouterr()
+    flags = ["--model", "runs/m", "--steps", "4", "--device", "cpu"]
+    assert evaluation.main([*flags, "--out", "e.jsonl"]) == 0
+    assert "has learned" not in capsys.readouterr().out
+    asked = {row["example"]["puzzle"] for row in lines("e.jsonl")[1:]}
+    assert asked == {row["puzzle"] for row in lines("other.jsonl")}
+    assert evaluation.main([*flags, "--limit", "2", "--task", "countdown"]) == 0
+    assert "note: runs/m/model has learned sudoku, not countdown" in capsys.readouterr().out
+
+
 def test_an_unknown_task_is_one_line_where_it_says_which_model(here, capsys):
     assert evaluation.main(["--task", "chess"]) == 2
     out, err = capsys.readouterr()

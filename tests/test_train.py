@@ -350,6 +350,9 @@ def test_the_run_folder_holds_what_the_readme_says_and_the_model_reloads(here, q
     assert names >= {"config.json", "log.csv", "curve.png", "frontier.png", "samples.txt", "model",
                      "checkpoint.pt", "summary.json"}
     assert not [n for n in names if n.endswith(".partial")]
+    samples = (folder / "samples.txt").read_text().splitlines()
+    right = [line.split()[1] for line in samples if line.startswith("  right ")]
+    assert right == [ex["solution"] for ex in load_split("sudoku", 1, 8, 0)[1]]
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) >= {"task", "model", "seed", "base", "trained", "by_steps", "seconds",
                             "peak_memory_mb", "made"}
