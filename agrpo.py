@@ -12,10 +12,10 @@ B prompts x G completions = N rows; P prompt, C completion, L block length; T st
     M views: a view is a state with the tokens to score on it; V vocabulary; x_t state, o tokens,
     u reveal_step, U_t target, A adv, r ratio, Z normalizer, tau temperature; R rows of N, n or l
     positions of theirs, k tokens of a support. Eq. 1 to 6: our numbers, not the paper's (notebook).
-Departs from the official code in (`--preset paper` goes back in 2 to 4):
-    1. the choice of positions counts where it depends on the model (Eq. 6); 2. so does every step
-    until the sampler stops: Z = T, advantage leave_one_out, 1/T of the gradient of E[R];
-    3. rollouts by low confidence; 4. steps drawn over the batch, none twice, by their gradient.
+Differs from the official code (`--preset paper` takes 2 to 4 back):
+    1. the choice of positions counts where it depends on the model (Eq. 6); 2. all steps until the
+    sampler stops count: with Z = T and leave_one_out, 1/T of the gradient of E[R]; 3. rollouts by
+    low confidence; 4. time steps drawn over the batch, none twice, by the norm of their gradient.
 """
 import dataclasses
 import hashlib
@@ -49,15 +49,15 @@ class Config:
     normalizer: str = "steps"          # Z: steps = T; last_step = the paper's m [last_step]
     advantage: str = "leave_one_out"   # of a reward within its group [mean]
     clip: float = 0.2                  # eps of Eq. 4; acts from the second inner epoch on
-    clip_high: float = 0.0             # eps above 1, where it is another; 0: as clip
-    kl: float = 0.0                    # beta of Eq. 4; its reference: methods/scored.py
+    clip_high: float = 0.0             # eps above 1, if it differs; 0: as clip
+    kl: float = 0.0                    # beta of Eq. 4; its reference: --kl-reference
     inner_epochs: int = 1              # optimizer steps per rollout
     lr: float = 5e-4                   # of AdamW [5e-6]
     warmup: int = 5                    # steps of linear warm-up [1 %]
     decay_steps: int = 0               # cosine decay to zero over so many; 0: none [all]
     weight_decay: float = 0.01         # of AdamW
     max_grad_norm: float = 1.0         # longer gradients are scaled down to it
-    tokens_per_pass: int = 12288       # per forward and backward: memory, never the gradient
+    tokens_per_pass: int = 12288       # per forward and backward; 0: as memory allows
 
 class Rows(dict):
     """A table of functions. A name that it does not hold is looked for in methods/."""
@@ -72,7 +72,7 @@ def generator(*key) -> torch.Generator:
 
 # ---------------------------------------------------------------- the denoiser and its token law
 class Policy(torch.nn.Module):
-    """A model with one verb, `logits`: all that is ever asked of a denoiser."""
+    """A denoiser: rollout and step_logp ask for mask_id, eos_id, `blocks` and `logits` alone."""
     def __init__(self, model, mask_id: int, eos_id: int, shift=False):         # shift: Dream's
         super().__init__()
         self.model, self.mask_id, self.eos_id = model.eval(), mask_id, eos_id  # no dropout
@@ -184,9 +184,9 @@ class Unmask(NamedTuple):
     count: Callable | None = None      # (ranked (R, C), rows (R,), cfg) -> (R,) how many; else C/T
 
 def losing_logp(law: Law, token, at, rank, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Eq. 6: the log-probability (R,) that every open position not revealed drew a loser, one less
-    sure than c, the least sure winner (or as sure and further right), and how long its gradient by
-    the logits of each position is, squared (n,). at: row and position (n,) each; rank (R, C)."""
+    """Eq. 6 -> log-probability (R,) that every open position not revealed drew a loser: confidence
+    below c, that of the least confident winner, or equal and further right. And the squared norm of
+    its gradient by each position's logits (n,). at: row and position (n,) each; rank (R, C)."""
     (row, position), C, lost = at, rank.shape[1], (rank[at] < 0).nonzero().squeeze(1)
     sure = law.confidence(token).masked_fill(rank[at] < 0, math.inf)
     dense = torch.full(rank.shape, math.inf, dtype=sure.dtype, device=sure.device)
@@ -238,7 +238,7 @@ class Trajectory:
     nfe: Tensor                        # (N,) denoiser calls of the row = its number of steps
     eos_id: int
     support: Tensor | None = None      # (N, C, k) of the law, V = none; None: everything
-    old: str = "recorded"              # what views of its states are: a row of OLD_LOGP
+    old: str = "recorded"              # old log-probs of its states: a row of OLD_LOGP
     @property
     def last_step(self) -> Tensor:
         """(N,) the last step that revealed a token other than EOS; 0 if there is none."""
@@ -298,7 +298,7 @@ def state_at(traj: Trajectory, row, step, mask_id: int) -> tuple[Tensor, Tensor]
     return traj.tokens[row].masked_fill(u >= step[:, None], mask_id), u == step[:, None]
 
 class Views(NamedTuple):
-    """What a method scores: M pieces of work, one forward and backward row each."""
+    """What a method scores: M views, each a row of one forward and backward."""
     row: Tensor                        # (M,) of the trajectory
     step: Tensor                       # (M,) the first step that it stands for
     prompt: Tensor                     # (M, P) what the denoiser sees of the prompt
@@ -363,7 +363,7 @@ def low_discrepancy(traj: Trajectory, inside, stake, K: int, g) -> Tensor:
 def inclusion(size, count) -> Tensor:
     """pi_s = min(1, c size_s) for size (R, S), c such that each row sums to `count` (R, 1)."""
     sure = torch.zeros_like(size, dtype=torch.bool)
-    while True:                                                # who would exceed 1 is sure
+    while True:                                                # what would exceed 1 is certain
         rest = size.masked_fill(sure, 0.0)
         pi = (count - sure.sum(1, True)) * rest / rest.sum(1, True).clamp(min=1e-300)
         if not (pi >= 1 - 1e-9).any():
@@ -380,7 +380,7 @@ def systematic(size, count, g) -> Tensor:
 
 def batch_gradient(traj: Trajectory, inside, stake, K: int, g, draw=systematic) -> Tensor:
     """Ours: K steps per row with a stake, over all rows at once and none twice, in proportion to
-    stake times the length of the step's gradient; in random order: the comb meets no period."""
+    stake times the norm of the step's gradient; shuffled, so that the comb meets no period."""
     count = inside.sum(1).clamp(max=K)[stake != 0].sum().reshape(1, 1)
     inside, size = inside & (stake != 0)[:, None], traj.gradient.cpu().sqrt()
     p = proposal(size.reshape(1, -1), inside.reshape(1, -1), floor=0.1)
@@ -439,8 +439,8 @@ def exact_views(traj: Trajectory, adv, cfg: Config, mask_id: int, g) -> Views:
 METHODS = Rows({"agrpo": Method(agrpo_views), "exact": Method(exact_views)})
 
 def surrogate(logp, logp_old, adv, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Eq. 3 and 4, elementwise: min(r A, clip(r) A), and the ratio r without a gradient. What one
-    of the laws cannot do, LOG_ZERO, has none: r = 1."""
+    """Eq. 3 and 4, elementwise: min(r A, clip(r) A), and the ratio r without a gradient. A token of
+    probability 0 (LOG_ZERO) under one of the laws has r = 1 and no gradient."""
     ratio = torch.where(torch.minimum(logp, logp_old) > LOG_ZERO / 2, logp - logp_old, 0.0).exp()
     clipped = ratio.clamp(1 - cfg.clip, 1 + (cfg.clip_high or cfg.clip))
     return torch.minimum(ratio * adv, clipped * adv), ratio.detach()
@@ -488,7 +488,7 @@ def gather(objects: list) -> list:
     return [x for part in lists for x in part]
 
 def batch_of_examples(examples: list, step: int, cfg: Config) -> list:
-    """B examples for a step: passes over the data, each in an order of its own."""
+    """B examples for a step: epochs over the data, each in its own order."""
     n, at = len(examples), range(step * cfg.prompts, (step + 1) * cfg.prompts)
     order = [torch.randperm(n, generator=generator("data", cfg.seed, i // n))[i % n] for i in at]
     return [examples[i] for i in order]
@@ -517,7 +517,7 @@ def accumulate(views: Views, cfg: Config, loss_of: Callable) -> tuple[float, lis
     return total, ratios
 
 def optimizer_step(optimizer, step: int, cfg: Config, finite: bool) -> tuple[float, bool]:
-    """The one place where weights change -> norm of the gradient, and whether it was applied."""
+    """The optimizer's step -> norm of the (first group's) gradient, and whether it was applied."""
     norms = []
     for group in optimizer.param_groups:
         for p in group["params"] if processes()[1] > 1 else ():
@@ -565,7 +565,7 @@ def update(policy, optimizer, traj: Trajectory, reward, step: int, cfg: Config,
         other, more = also(views)
         norm, finite = optimizer_step(optimizer, step, cfg, finite and math.isfinite(loss + other))
         ratios += some + more
-    for p, was in zip(weights, before) if not finite else ():  # also what earlier epochs did
+    for p, was in zip(weights, before) if not finite else ():  # earlier inner epochs, too
         p.data.copy_(was)
     ratio = torch.cat(gather(ratios) or [torch.ones(1)])
     outside = ((ratio < 1 - cfg.clip) | (ratio > 1 + (cfg.clip_high or cfg.clip))).float()

@@ -5,15 +5,13 @@
     python eval.py --regrade FILE.jsonl                            grade saved completions again
 
 Every completion is written to a file as soon as it is graded; the same command continues where it
-was stopped. agrpo.py evaluates before and after training by the same functions: sampler, prompt and
-grader are those of training. The second half is what happens around its loop.
+was stopped. agrpo.py evaluates before and after training by the same functions: prompt and grader
+are those of training, decoding is greedy. The second half is what happens around its loop.
 """
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +26,8 @@ from methods.models import (OWNERS, Settings, check, check_prompts, choices, gen
                             method_of, open_policy, sampler, settle)
 from rewards import TASKS, BadInput, try_task
 from support import checkpoints, cost, files, options, processes, rules, runs, saving
-from support.completions import (bootstrap, grade_row, locked_completions, open_completions,
-                                 pass_at, regrade, wilson)
+from support.completions import (grade_row, locked_completions, more_columns, open_completions,
+                                 regrade, shares)
 from support.data import held_out, load_examples, load_split
 from support.figures import plot_frontier
 from support.files import need
@@ -62,39 +60,12 @@ def evaluate(complete, task: str, examples: list, batch: int = 256, samples: int
     return summary(task, [rows[key] for key in keys])
 
 def summary(task: str, rows: list[dict]) -> dict:
-    """solved (share of grade 1) with ci95, n (completions), grade (mean), beside (mean of the
-    task's second grade), nfe (denoiser calls per completion), tokens_per_nfe (before the end),
-    seconds, completions, grades; of several samples (k) also pass_at_k (an example counts if any is
-    right) and majority (if the most frequent answer is), with their ci95."""
-    groups = [list(g) for _, g in itertools.groupby(rows, lambda row: row["index"])]
-    right, n = [sum(row["grade"] == 1 for row in g) for g in groups], len(rows)
-    k = n // len(groups)
-
-    def total(name):
-        return sum(row[name] for row in rows)
-    result = {"solved": sum(right) / n, "n": n,
-              "ci95": wilson(sum(right), n) if k == 1 else bootstrap([r / k for r in right]),
-              "grade": total("grade") / n, "nfe": total("nfe") / n,
-              "tokens_per_nfe": total("tokens") / max(1, total("nfe")),
-              "seconds": total("seconds"), "completions": [row["completion"] for row in rows],
-              "grades": [row["grade"] for row in rows]}
-    if TASKS[task].beside:
-        result["beside"] = total(TASKS[task].beside[0]) / n
-    if k > 1:
-        at = {j: sum(pass_at(j, c, k) for c in right) / len(right) for j in (2, 4, 8, 16) if j < k}
-        result |= {"k": k, "pass_at": at}                      # of fewer samples
-        for name, hits in (("pass_at_k", sum(map(bool, right))),
-                           ("majority", sum(map(vote, groups)))):
-            result[name] = {"solved": hits / len(groups), "ci95": wilson(hits, len(groups))}
-    return result
-
-def vote(rows: list[dict]) -> bool:
-    """Whether the answer given most often is right; of equals the one given first."""
-    answers = [row["answer"] for row in rows if row["answer"] is not None]
-    if not answers:
-        return False
-    first = statistics.mode(answers)
-    return next(row["grade"] == 1 for row in rows if row["answer"] == first)
+    """What `shares` has, and nfe (denoiser calls per completion), tokens_per_nfe (before the end),
+    seconds, completions, grades."""
+    nfe, tokens, seconds = (sum(row[k] for row in rows) for k in ("nfe", "tokens", "seconds"))
+    return {**shares(task, rows), "nfe": nfe / len(rows), "tokens_per_nfe": tokens / max(1, nfe),
+            "seconds": seconds, "completions": [row["completion"] for row in rows],
+            "grades": [row["grade"] for row in rows]}
 
 def trained_on(cfg, examples: list) -> int:
     """How many examples of a file the model's own run was trained on (a fifth was held out)."""
@@ -115,11 +86,7 @@ def report_evaluation(task: str, name: str, about: dict, results: list[dict], ou
     for r in results:
         row = {"length": r["length"], "steps": r["steps"], "NFE": f"{r['nfe']:.1f}", "tokens/NFE":
                f"{r['tokens_per_nfe']:.2f}", "solved (95 % interval)": percent(r), "n": r["n"]}
-        if "k" in r:
-            row |= {f"pass@{k}": f"{100 * x:.1f} %" for k, x in r["pass_at"].items()}
-            row |= {f"pass@{r['k']}": percent(r["pass_at_k"]), "majority": percent(r["majority"])}
-        if "beside" in r:
-            row[TASKS[task].beside[0]] = f"{100 * r['beside']:.1f} %"
+        row |= more_columns(task, r)
         if (held := r.get("held_out")) and held["n"]:
             row["solved, class never trained on"] = f"{100 * held['solved']:.1f} % of {held['n']}"
         rows.append({**row, "seconds": f"{r['seconds']:.1f}"})
@@ -143,7 +110,7 @@ SAMPLING = ("task", "model", "data", "prompt", "system_prompt", "seed", "device"
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Beside those of training."""
+    """Of eval.py alone."""
     steps: str = ""                    # denoising steps, comma separated; several: the frontier
     lengths: str = ""                  # completion lengths, comma separated
     samples: int = 1                   # k completions per example: pass@k, vote; a temperature
@@ -163,7 +130,7 @@ def settings_of(given: dict, flags) -> tuple:
     had = str(known.get("controller", "off"))
     controller = given.get("controller", had)
     need(controller in ("off", had),
-         f"--controller {controller}: {path} has {'none' if had == 'off' else had}")
+         f"--controller {controller}: {path} has {'none' if had == 'off' else had}, leave it out")
     if controller != "off" and (idle := {"unmasking", "threshold", "entropy_bound"} & given.keys()):
         raise BadInput(f"{options.flag(sorted(idle)[0])}: the controller of {path}, {controller}, "
                        "sets it; --controller off leaves it aside")
@@ -229,7 +196,7 @@ def run(given: dict, flags) -> int:
                 f.flush()
             done = {(row["index"], row["sample"]): {
                 **row, **grade_row(cfg.task, row["completion"], row["example"])}
-                for row in stored if shape.items() <= row.items()}     # graded as of today
+                for row in stored if shape.items() <= row.items()}     # graded again
             results.append({**shape, **evaluate(complete, cfg.task, examples, flags.batch,
                                                 flags.samples, done, save)})
             if cfg.data and TASKS[cfg.task].generate:          # it may have been made for training
@@ -245,13 +212,19 @@ def completed(policy, tokenizer, examples: list, keys: list, cfg) -> tuple[list,
     traj, texts = generate(policy, tokenizer, examples, keys, cfg)
     return texts, traj.nfe.tolist(), lengths(traj, policy).tolist()
 
+def names(*tables) -> str:
+    """What --task, --model, --unmasking and these may be, for --help."""
+    all_rows = {"task": TASKS, "model": MODELS, **choices()}
+    return "".join(f"\n{options.flag(knob)}: {', '.join(rows)}" for knob, rows in all_rows.items()
+                   if knob in ("task", "model", "unmasking", *tables))
+
 def main(argv=None) -> int:
-    """The command line; returns the exit code: 0 done, 2 a mistake of the caller, 130 stopped."""
+    """The command line; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 stopped."""
     try:
         sampling = options.subset(list(OWNERS.values()), SAMPLING, options.GREEDY)
         argv, text = sys.argv[1:] if argv is None else argv, __doc__.partition("\n\nEvery")[0]
         given = options.read_flags(
-            "eval.py", text, {"evaluation": Flags, "sampling": sampling}, argv)
+            "eval.py", text + names(), {"evaluation": Flags, "sampling": sampling}, argv)
         flags = Flags(**{k: given.pop(k) for k in [*given] if k not in SAMPLING})
         if flags.regrade:
             need(given.keys() <= {"task"} and flags.steps == flags.lengths == "",
@@ -278,9 +251,7 @@ def parse(argv: list[str]) -> tuple:
     short, asked = {"-h", "--help"} & set(argv), {word.removeprefix("--") for word in argv}
     owners = {name.replace("-", "_"): owner for i, (name, owner) in enumerate(OWNERS.items())
               if i < 4 or not short or name in asked}
-    words = "".join(f"\n{options.flag(knob)}: {', '.join(rows)}"
-                    for knob, rows in {"task": TASKS, "model": MODELS, **choices()}.items())
-    text = agrpo.__doc__.partition("\n\n")[0] + words + (
+    text = agrpo.__doc__.partition("\n\n")[0] + names(*choices()) + (
         "\n\nDefaults are those of the --task, --model, --method, --preset and --sft given.")
     known = {word[2:]: value for word, value in zip(argv, argv[1:])
              if word in ("--task", "--model", "--method", "--preset", "--sft")}
@@ -359,8 +330,8 @@ def learn(cfg, loop, folder: Path, policy, tokenizer, examples, heldout, clock) 
     return 0
 
 def training(argv, loop) -> int:
-    """agrpo.py's command line around its loop; returns the exit code: 0 done, 1 the run failed, 2 a
-    mistake of the caller, 130 stopped."""
+    """agrpo.py's command line around its loop; returns the exit code: 0 done, 1 failed, 2 wrong
+    input, 130 stopped."""
     cfg = None
     try:
         cfg, actions = parse(sys.argv[1:] if argv is None else argv)

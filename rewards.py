@@ -4,8 +4,8 @@
     reward_parts(task, completion, example) -> {name: float}     training maximises their sum
 
 Neither raises on any completion, and both read the same answer (`find_answer`). Examples: sudoku
-{puzzle, solution}, countdown {nums, target}, gsm8k {question, answer}, math {problem, answer}, code
-{text, code, test_list}."""
+{puzzle, solution}, countdown {nums, target}, gsm8k and story {question, answer}, math {problem,
+answer}, code and formula {text, code, test_list}."""
 import ast
 import json
 import operator
@@ -137,7 +137,7 @@ LATEX = (                              # (pattern, replacement): what an express
     (r"(?<!\s)\s++(?==)", " "), (r"[\[{]", "("), (r"[\]}]", ")"),
     (r"(?<=[0-9)])(\s?)[xX](?=\s?[0-9(])", r"\1*"))
 EXPRESSION = r"(?:(?<![^\s:,;])|(?=[ \t]))[-+*/()=0-9. \t]++(?:(?<=[ \t.])|(?![^\s:,;!]))"
-NOT_READ = r"[\\^!%_√≠<>≤≥]|\b(?:sqrt|log|ln|exp|sin|cos|tan|squared|cubed)\b"         # is not done
+NOT_READ = r"[\\^!%_√≠<>≤≥]|\b(?:sqrt|log|ln|exp|sin|cos|tan|squared|cubed)\b"    # is not evaluated
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.USub: operator.neg}
 
@@ -463,7 +463,7 @@ def grade(task: str, completion: str, example: dict) -> float:
     return float(TASKS[task].grade(completion, example))
 
 def reward_parts(task: str, completion: str, example: dict, weights: dict | None = None) -> dict:
-    """The named parts whose sum is the reward; by default Task.weights, the published 0 to 4.
+    """The named parts whose sum is the reward; weights: Task.weights, 0 to 4 in all, or these.
     >>> reward_parts("countdown", "3+4+2", {"nums": [3, 4, 2], "target": 14})
     {'format': 1.0, 'correct': 0.0}"""
     row = TASKS[task]

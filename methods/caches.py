@@ -1,4 +1,4 @@
-"""Rollouts with a cache of keys and values, and what the update does about it.
+"""Rollouts with a cache of keys and values, and their weights. What a call computes anew:
 
     block    block-causal models: the block being denoised, and the one before it, which has just
              become final. Exact: what a finished block holds does not depend on later ones
@@ -7,7 +7,7 @@
     prefix   that block and what follows; what comes before is as it was then (likewise)
 The last two are approximate: elsewhere keys and values are those of a state some steps old. So the
 completions are those of another law, and are weighted by the ratio of the two:
-    (10) W = w_t prod_{s drawn, s != t} [ 1 + (w_s - 1) / p_s ], cut to +-C,
+    (10) W = w_t prod_{s drawn, s != t} [ 1 + (w_s - 1) / p_s ], cut to +-W_max,
 w_s = pi(step s) / pi_cache(step s); uncut, its expectation is prod_s w_s. That is an importance
 weight where the choice of positions counts (position term) or is uniform; with tokens only, the
 default, it is none. Nothing repairs what the cache's truncated law never samples.
@@ -25,7 +25,7 @@ from methods.scored import score
 class Settings:
     """Of rollouts with a cache."""
     cache: str = "none"                # prefix, dual: what top-k cuts off is lost; block: exact
-    importance_cap: float = 2.0        # C of Eq. 10; 0: completions count once
+    importance_cap: float = 2.0        # W_max of Eq. 10; 0: no weights
     importance_level: str = "completion"   # what is weighted; step: each by itself, biased
 
 class CachedPolicy:

@@ -2,18 +2,17 @@
 
 Two states: what came before a random step s is scored on the completion all MASK, the rest on x_s.
 This surrogate is no likelihood of the sampler's; each token counts its truncated ratio to it:
-    (7)  w = min(C, pi_scored,old / pi_sampled).
+    (7)  w = min(w_max, pi_scored,old / pi_sampled).
 
 Controller: the sampler's threshold is drawn per completion, ease x ~ Normal(mu, sigma) with mu =
 Linear(hidden state of the prompt's last token); the published head is not known. Given x the choice
-of positions is not random, but over x it is, and depends on the model's confidences: so x is
-integrated out. At every step the same positions are revealed for all x between two edges, and
+of positions is not random. Over x it is, and it depends on the model: so x is integrated out. At
+every step the same positions are revealed for all x between two edges, and
     (9)  log pi_pos(trajectory) = log [ Phi((high - mu) / sigma) - Phi((low - mu) / sigma) ].
 Its gradient trains head and model exactly at the first update; later epochs keep these two steps.
 
 As published: two states, one split for old and new, truncated weights, a threshold per prompt.
-Different: its settings and head are not public, ours stand below. Not here: its code, of which none
-is public, and its 8B results.
+Different: its settings, head and code are not public, ours stand below. Not here: its 8B results.
 """
 import dataclasses
 import math
@@ -32,7 +31,7 @@ from support.saving import load_extra
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """With --method diffpo."""
-    truncation: float = 2.0            # C of Eq. 7; 0: no weights
+    truncation: float = 2.0            # w_max of Eq. 7; 0: no weights
 
 @dataclasses.dataclass(frozen=True)
 class ControllerSettings:
@@ -41,7 +40,7 @@ class ControllerSettings:
     controller_training: str = "joint"  # with the model; alone: the model stays as it is
     controller_sigma: float = 0.5      # deviation of the threshold's logarithm, in training
     controller_lr: float = 0.02        # learning rate of the head
-    alpha: float = 0.5                 # rewards count (1 - NFE / length)^alpha times
+    alpha: float = 0.5                 # the reward is multiplied by (1 - NFE / length)^alpha
 
 # ------------------------------------------------------------------------------------ two states
 def diffpo_views(traj, adv, cfg, mask_id: int, g) -> agrpo.Views:

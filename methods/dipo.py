@@ -5,9 +5,10 @@ scored in one pass over [prompt | final text | state]. Blocks count from the pro
 counted from the completion's, the replay would not be what the sampler saw. Dynamic sampling:
 groups of equal rewards, which teach nothing, are replaced by those of other prompts.
 
-As published: block cache, one packed pass, a mean over the batch's tokens, clip 0.2 and 0.28,
-advantage std, fine-tuning first. Different: where blocks begin; only whole blocks are denoised, so
-that a completion may take fewer calls than steps. Not here: its inference server.
+As published: block cache, packed passes, a mean over the batch's tokens, clip 0.2 and 0.28,
+advantage std, fine-tuning first. Different: no KL term unless asked for (--kl); where
+blocks begin; only whole blocks are denoised, so that a completion may take fewer calls than steps.
+Not here: its inference server.
 """
 import dataclasses
 import functools

@@ -100,12 +100,12 @@ def sobol(N: int, K: int, g) -> Tensor:
 SIZES = {"uniform": lambda traj: torch.ones_like(traj.entropy),
          "entropy": lambda traj: traj.entropy, "gradient": lambda traj: traj.gradient.sqrt()}
 
-def with_replacement(points, size: str, traj, inside, adv, K: int, g) -> Tensor:
+def with_replacement(points, size: str, traj, inside, stake, K: int, g) -> Tensor:
     """K points of each row through the inverse distribution of its proposal."""
     p = agrpo.proposal(SIZES[size](traj).cpu(), inside, 0.1)
     return agrpo.invert(p, points(len(p), K, g))
 
-def without_replacement(size: str, traj, inside, adv, K: int, g) -> Tensor:
+def without_replacement(size: str, traj, inside, stake, K: int, g) -> Tensor:
     """K different steps of each row; as many as there are give the exact sum."""
     p = agrpo.proposal(SIZES[size](traj).cpu(), inside, 0.1)
     return agrpo.systematic(p, inside.sum(1).clamp(max=K)[:, None], g)

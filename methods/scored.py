@@ -9,7 +9,7 @@ import agrpo
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """With --kl."""
-    kl_reference: str = "base"         # the model to begin with; old: before the update [TraceRL]
+    kl_reference: str = "base"         # base: before training; old: before each update [TraceRL]
 
 @torch.no_grad()
 def score(policy, traj, views, cfg) -> tuple[Tensor, Tensor | None]:
@@ -38,7 +38,7 @@ def scored(policy, traj, views, cfg):
     return views._replace(logp_old=score(policy, traj, views, cfg)[0])
 
 class Reference:
-    """A denoiser: the policy with the weights that were trained up to now, all or the adapters."""
+    """A denoiser: the policy with its trainable weights as they were when this was made."""
 
     def __init__(self, policy):
         self.policy = policy

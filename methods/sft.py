@@ -64,7 +64,7 @@ def sft_loss(policy, prompt, prompt_mask, tokens, g, even=False) -> Tensor:
 
 def train_base(policy, tokenizer, cfg):
     """SFT on right answers and, from base_lazy_from of the steps on, a share of base_lazy that
-    follow a lazy rule: able, but not inclined. Many samples hold a right answer, one seldom."""
+    follow a lazy rule: one sample is seldom right, one of many often is."""
     task, device = TASKS[cfg.task], next(policy.parameters()).device
     g = agrpo.generator("sft", cfg.seed)
     examples = load_examples(cfg.task, 4 * cfg.train_examples, cfg.seed, "train")
@@ -141,7 +141,7 @@ def sft_examples(tokenizer, cfg, examples: list, context: int, mask_id: int) -> 
     for number, (row, ids) in enumerate(zip(rows, answers), start=1):
         need(never.isdisjoint(ids),
              f"--sft {cfg.sft}, answer {number}: it holds the token of MASK or of the end, or what "
-             f"the model has no token for, {row['answer'][:60]!r}")
+             f"the model has no token for, {row['answer'][:60]!r}: leave it out")
     C = cfg.completion_length
     short = [row for row, ids in zip(rows, answers) if len(ids) + ended <= C]
     if len(short) < len(rows):
@@ -150,5 +150,5 @@ def sft_examples(tokenizer, cfg, examples: list, context: int, mask_id: int) -> 
          f"has {min(map(len, answers)) + ended} tokens")
     longest = encode_prompts(tokenizer, [row["prompt"] for row in short])[0].shape[1]
     need(longest + C <= context, f"--sft {cfg.sft}: the longest prompt has {longest} tokens, a "
-         f"completion {C}; the context is {context}")
+         f"completion {C}; the context is {context}: a smaller --completion-length fits")
     return short

@@ -6,8 +6,8 @@ Block schedule: a block-causal model is updated with larger blocks of attention 
 out with, and then rolled out with these.
 
 As published: merged steps, value model, GAE, larger blocks in the update, advantage std, clip 0.2.
-Different: shrink 2 for the tiny model; the KL term is of whole laws, not k3, and to the policy
-before the update, so that it acts from the second inner epoch on. Not here: its inference engines.
+KL to the policy before the update acts from the second inner epoch on. Different: shrink 2 for the
+tiny model; KL of whole laws, not k3. Not here: its inference engines.
 """
 import contextlib
 import copy

@@ -3,6 +3,7 @@ import contextlib
 import fcntl
 import json
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ def read_completions(path: Path) -> tuple[dict, list[dict]]:
         for number, line in enumerate(lines[:-1] if ours else lines, start=1):
             if line:
                 rows.append(json.loads(line))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path}:{number}: {error}") from None
     known = rows[0]["settings"] if ours and rows else {}
     need(isinstance(known, dict), f"cannot read {path}: its settings are no object")
@@ -107,6 +110,50 @@ def grade_row(task: str, completion: str, example: dict) -> dict:
         row[beside[0]] = beside[1](completion, example)
     return row
 
+def shares(task: str, rows: list[dict]) -> dict:
+    """rows of grade_row, with the `index` of their example -> solved (share of grade 1) with ci95,
+    n (completions), grade (mean), beside (mean of the task's second grade); of k samples each also
+    k, pass_at (of fewer), pass_at_k (an example counts if any is right) and majority (if the most
+    frequent answer is), with their ci95."""
+    by_example = {}
+    for row in rows:
+        by_example.setdefault(str(row["index"]), []).append(row)
+    groups = list(by_example.values())
+    right, n = [sum(row["grade"] == 1 for row in g) for g in groups], len(rows)
+    ci95 = wilson(sum(right), n) if n == len(groups) else bootstrap(
+        [r / len(g) for r, g in zip(right, groups)])
+    result = {"solved": sum(right) / n, "n": n, "ci95": ci95,
+              "grade": sum(row["grade"] for row in rows) / n}
+    if TASKS[task].beside:
+        result["beside"] = sum(row[TASKS[task].beside[0]] for row in rows) / n
+    k, fewer = max(map(len, groups)), min(map(len, groups))
+    if 1 < k == fewer:                                         # not in a file half done
+        at = {j: sum(pass_at(j, c, k) for c in right) / len(right) for j in (2, 4, 8, 16) if j < k}
+        result |= {"k": k, "pass_at": at}
+        for name, hits in (("pass_at_k", sum(map(bool, right))),
+                           ("majority", sum(map(vote, groups)))):
+            result[name] = {"solved": hits / len(groups), "ci95": wilson(hits, len(groups))}
+    return result
+
+def vote(rows: list[dict]) -> bool:
+    """Whether the answer given most often is right; of equals the one given first."""
+    answers = [row["answer"] for row in rows if row["answer"] is not None]
+    if not answers:
+        return False
+    first = statistics.mode(answers)
+    return next(row["grade"] == 1 for row in rows if row["answer"] == first)
+
+def more_columns(task: str, result: dict) -> dict:
+    """What a table shows beside the solved share: of several samples, and the second grade."""
+    columns = {}
+    if "k" in result:
+        columns = {f"pass@{k}": f"{100 * x:.1f} %" for k, x in result["pass_at"].items()}
+        columns |= {f"pass@{result['k']}": percent(result["pass_at_k"]),
+                    "majority": percent(result["majority"])}
+    if "beside" in result:
+        columns[TASKS[task].beside[0]] = f"{100 * result['beside']:.1f} %"
+    return columns
+
 def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     """Grade the completions of a file again, ours or {question, completion, gold} as d1 publishes
     them; print the shares and what changed. Raises BadInput."""
@@ -118,11 +165,12 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     settings = {**settings, "task": task, "regraded": str(path)}
     if out:
         open_completions(Path(out), settings, overwrite)
-    changed, groups, beside = [], {}, TASKS[task].beside
+    changed, groups = [], {}
     for number, row in enumerate(rows, start=1):
         try:
             example = row["example"] if "example" in row else TASKS[task].row(row)
-            new = {**row, **grade_row(task, row["completion"], example), "example": example}
+            new = {"index": number, **row, **grade_row(task, row["completion"], example),
+                   "example": example}
             was, shape = float(row.get("grade", new["grade"])), (
                 str(row.get("length", "")), str(row.get("steps", "")))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -134,12 +182,10 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
         groups.setdefault(shape, []).append(new)
     lines = []
     for (length, steps), graded in groups.items():
-        n, solved = len(graded), sum(row["grade"] == 1 for row in graded)
-        lines.append({"length": length, "steps": steps, "n": n, "solved": solved,
-                      "share (95 % interval)": percent(
-                          {"solved": solved / n, "ci95": wilson(solved, n)})})
-        if beside:
-            lines[-1][beside[0]] = f"{100 * sum(row[beside[0]] for row in graded) / n:.1f} %"
+        result = shares(task, graded)
+        lines.append({"length": length, "steps": steps, "n": result["n"],
+                      "solved": sum(row["grade"] == 1 for row in graded),
+                      "share (95 % interval)": percent(result), **more_columns(task, result)})
     print(table(lines), *changed[:20], sep="\n")
     if out:
         kept = sum(groups.values(), [{"settings": settings}])

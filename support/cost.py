@@ -206,7 +206,7 @@ def announce(config, cfg, lengths: tuple, device: str, processes: int) -> str:
         f"{'adapters' if cfg.lora_rank else 'gradients'} and optimizer {size['trained']}, and the "
         f"largest of rollout {size['rollout']} (at most {cfg.rollout_batch} completions at once), "
         f"evaluation {size['evaluation']}, update {size['update']} ({cfg.tokens_per_pass} tokens "
-        f"at once{', activations twice' * (cfg.gradient_checkpointing == 'on')})")
+        f"at once{', with gradient checkpointing' * (cfg.gradient_checkpointing == 'on')})")
     if cfg.cache in ("prefix", "dual"):
         text.append(f"--cache {cfg.cache}: rollouts are approximate, and the update scores tokens "
                     "only; --cache none is exact and slower")

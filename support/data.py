@@ -34,7 +34,7 @@ def check_files(data: str = "", test_data: str = ""):
     """Raises BadInput unless the files can be read. Costs nothing: called before any work."""
     for flag, path in (("--data", data), ("--test-data", test_data)):
         need(not path or os.access(path, os.R_OK) and not os.path.isdir(path),
-             f"cannot read {flag} {path}: there is no such file, or it is not ours")
+             f"cannot read {flag} {path}: there is no such file, or no permission to read it")
 
 def read_rows(path: str, convert) -> list[dict]:
     """The rows of a file, .csv with a header or lines of JSON, converted. BadInput has the line."""

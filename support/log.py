@@ -1,7 +1,7 @@
 """log.csv: a row a step.
 
     step, lr, peak_memory_mb, rollout_seconds, update_seconds    of the step
-    loss                    of fine-tuning, in place of the columns down to `passes_saved`
+    loss                    of fine-tuning; of those below it has heldout, grad_norm and skipped
     reward, reward_PART     mean reward of the completions sampled, and of each of its parts
     solved, sampled         share of them that is solved, and how many there were
     heldout                 share solved greedily, of one half of the held-out examples, every

@@ -28,18 +28,18 @@ from support.templates import (read_template_args, set_template_args, template_a
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What to learn, with which model, where."""
-    task: str = "sudoku"               # what to learn
+    task: str = "sudoku"               # its name
     model: str = "tiny"                # tiny, tiny-block, a short name, a directory, owner/name
     data: str = ""                     # a file of examples instead of generated or published ones
     test_data: str = ""                # a file to hold out; without it a fifth of --data is
     skip_bad_examples: bool = False    # leave out those whose own answer is graded wrong
-    max_steps: int = 100               # optimizer steps = rollouts
-    hours: float = 0.0                 # stop after so many, evaluations included; 0: --max-steps
+    max_steps: int = 100               # training steps, each a rollout and its update
+    hours: float = 0.0                 # stop after so many, evaluations included; 0: no limit
     preset: str = ""                   # paper: AGRPO as published; justgrpo: JustGRPO
     sft: str = ""                      # fine-tuning instead of RL: gold, or a file of answers
     device: str = "auto"               # auto: cuda if there is one
     name: str = ""                     # of the folder runs/NAME; default: TASK-METHOD-seedSEED
-    prompt: str = ""                   # bare, agrpo, d1; default: as trained here, else agrpo
+    prompt: str = ""                   # bare, agrpo, d1; default: as trained, or agrpo, tiny: bare
     system_prompt: str = ""            # instructions in place of the prompt's own
     template_args: str = ""            # of its chat template: enable_thinking=true, or none
     rollout_batch: int = 256           # completions denoised at once; 0: as memory allows
@@ -55,11 +55,11 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Evaluation before, while and after."""
+    """Evaluation before, during and after training."""
     eval_examples: int = 512           # held-out examples; the curve takes half of them
     eval_length: int = 0               # completion length; 0: as in training
     eval_block_length: int = 0         # likewise
-    eval_steps: str = "16,8,4"         # denoising steps; the first is the headline
+    eval_steps: str = "16,8,4"         # denoising steps; the first is the main result
     report_to: str = ""                # also to tensorboard, wandb or trackio, by accelerate
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def subset(owners: list[type], names: tuple, defaults: dict) -> type:
     from tyro.conf import arg
     fields = []
     for owner in owners:
-        meaning = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(owner), re.M))
+        meaning = dict(re.findall(r"^    (\w+): .*?# ([^[\n]+)", inspect.getsource(owner), re.M))
         fields += [(f.name, Annotated[f.type, arg(help=meaning[f.name])],
                     defaults.get(f.name, f.default))
                    for f in dataclasses.fields(owner) if f.name in names]
@@ -171,7 +171,7 @@ def before_flags(given: dict, published: dict) -> dict:
     model = model or ("tiny" if TASKS[task].speaks_tiny else default_model(device))
     kind = made_here(model)
     if kind:
-        settings = TASK_SHAPES.get(task, {}) | published | {"shrink": 2}   # 8: half a step of 8
+        settings = TASK_SHAPES.get(task, {}) | published | {"shrink": 2}   # 8: all 8 steps in one
         if model not in TINY and (in_run(Path(model)) / "adapter_config.json").is_file():
             settings |= {"lora_rank": 64}
         settings |= PRESETS[preset][0]
@@ -236,7 +236,7 @@ def with_cache(cfg, given: dict, block: int, config):
             and cfg.controller == cfg.value_model == "off" and not cfg.sft
             and not given.keys() & {*WITH_CACHE, "normalizer"})
     cache = given.get("cache", "block" if block else cfg.cache if fits else "none")
-    kinds = "in blocks, its cache is exact (block)" if block else "both ways: prefix or dual"
+    kinds = "in blocks, its cache is exact (block)" if block else "in both directions: prefix, dual"
     need(cache not in (APPROXIMATE if block else ("block",)),
          f"--cache {cache}: {cfg.model} attends {kinds}")
     also = WITH_CACHE if cache in APPROXIMATE and cfg.method in ("agrpo", "exact") else {}
@@ -332,8 +332,8 @@ def need_gpu(cfg):
     asked = not local and cfg.device == "cpu" and cfg.model != LLADA
     need(small or asked or device_for(cfg) != "cpu",
          f"--task {cfg.task} on {cfg.model} needs a CUDA GPU (24 GB for 8 billion parameters with "
-         "adapters), and there is none here. Here runs: python agrpo.py --task sudoku (a tiny "
-         "model, minutes; of your own tasks, those with generate and lazy), or --model DIR "
+         "adapters), and there is none. Without one: python agrpo.py --task sudoku (a tiny model, "
+         "minutes; also a task of your own with generate and lazy), or --model DIR "
          "--device cpu with a checkpoint below 1 billion parameters (tests/checkpoints.py)")
 
 def default_name(cfg) -> str:

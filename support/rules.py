@@ -123,7 +123,7 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
     """Raises BadInput with one line for any setting that cannot work, before any work."""
     zero = MAY_BE_ZERO | (set() if training else {"temperature"})
     check_values(cfg, {**CHOICES, **choices}, zero)
-    speak = " and ".join(name for name, task in TASKS.items() if task.speaks_tiny)
+    speak = ", ".join(name for name, task in TASKS.items() if task.speaks_tiny)
     need(cfg.model not in TINY or TASKS[cfg.task].speaks_tiny,
          f"--model {cfg.model} speaks {speak} only (tasks with generate and lazy): --task "
          f"{cfg.task} needs --model DIR")
@@ -164,7 +164,7 @@ def validate(cfg, choices: dict, order_term: bool, published: dict, given=(), tr
     need(cfg.base_hidden % 16 == 0, f"--base-hidden {cfg.base_hidden} must be a multiple of 16")
     need(re.fullmatch(r"\w[\w.-]{0,100}", cfg.name or "x"),
          f"--name {cfg.name!r} must be a plain name: the folder is runs/NAME")
-    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none here")
+    need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU was found")
     need(not cfg.quantize or device_for(cfg) != "cpu" and find_spec("bitsandbytes")
          and (cfg.lora_rank or not training),
          f"--quantize {cfg.quantize} needs a GPU, bitsandbytes and adapters (--lora-rank 64)")

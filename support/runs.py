@@ -19,6 +19,7 @@ from support.figures import plot_curves, plot_frontier
 from support.files import need, read_json, refusing, write_atomically, write_json
 from support.log import append_log, read_log, tracker, write_log
 from support.processes import anyone, once, processes, say
+from support.rules import read_weights
 from support.verdict import AFTER, verdict
 
 def read_results(path: Path) -> list[dict]:
@@ -65,7 +66,7 @@ def check(folder: Path, settings: dict, may_change: tuple, resume: bool, overwri
     saved = read_json(folder / "config.json")
     if other := [k for k, v in settings.items() if k not in may_change and saved.get(k, v) != v]:
         was, now = (", ".join(f"{k}={of.get(k)!r}" for k in other) for of in (saved, settings))
-        raise BadInput(f"{folder} was run with {was}, not {now}")
+        raise BadInput(f"{folder} was run with {was}, not {now}: give the same, or --name NAME")
     done = 0
     with contextlib.suppress(Exception):                       # none yet, or told when it is loaded
         done = int(torch.load(folder / "checkpoint.pt", mmap=True, map_location="cpu",
@@ -225,7 +226,8 @@ class Run:
         if self.skipped == GIVE_UP:
             raise FloatingPointError(
                 f"step {row['step']}: loss or gradient was not finite {GIVE_UP} times in a row; no "
-                "such step changed the weights, the last checkpoint is intact (try a lower --lr)")
+                "such step changed the weights, the last checkpoint is intact (try a lower --lr; "
+                "does a reward, advantage or time-step rule of your own return NaN?)")
         self.progress.total = self.last
         self.progress.update()
         shown = ("loss", "reward", "solved", "heldout", "ratio", "grad_norm", "entropy", "nfe")
@@ -241,9 +243,12 @@ def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     size, trained = (sum(p.numel() for p in some) / 1e6
                      for some in (policy.parameters(), trained_weights(policy).values()))
     part = f", {trained:.2f} M of them trained" if trained < size else ""
+    most = sum(max(0, w) for w in read_weights(cfg.task, cfg.reward_weights).values())
     return (f"{cfg.model} model of {size:.2f} M parameters{part}; {cfg.task}: {examples} "
             f"{'answers to learn' if cfg.sft else 'examples'}, {heldout} held out; {folder} "
-            "(log.csv: a row a step)")
+            "(log.csv: a row a step)" + ("" if cfg.sft else
+            f"\na step: {cfg.prompts} x {cfg.completions} completions sampled in {cfg.steps} "
+            f"denoising steps, rewards up to {most:g}; heldout: greedy, half of those held out"))
 
 # ---------------------------------------------------------------------------------------- results
 def percent(result: dict) -> str:

@@ -10,6 +10,7 @@ import torch
 from rewards import BadInput
 from support.checkpoints import SMALL_FILES, load_adapter, load_model, open_checkpoint
 from support.files import need, read_json, refusing, write_json
+from support.presets import TINY
 
 def stored_dtype(folder: Path):
     """The precision that a checkpoint's config.json states; float32 if none."""
@@ -90,9 +91,11 @@ def merge(model: str, block: int, out: str):
     path = Path(out)
     need(not os.path.lexists(path), f"--merge {out!r}: exists already")
     need(path.parent.is_dir(), f"--merge {out!r}: there is no folder {path.parent}")
+    no_adapter = f"--merge: {model} holds no adapter, as --model runs/NAME trained by LoRA does"
+    need(model not in TINY, no_adapter)
     about, tokenizer = open_checkpoint(model, block, weights=True)
     adapter = about.adapter
-    need(adapter, f"--merge: {model} holds no adapter; give the trained model: --model runs/NAME")
+    need(adapter, no_adapter)
     net = load_adapter(load_model(about, stored_dtype(about.folder)), about, trainable=False)
     try:
         with replacing(path) as partial:

@@ -17,7 +17,7 @@ from support.saving import save_model
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The tiny base model."""
-    train_examples: int = 4096         # generated, for the base model too; a file gives all it has
+    train_examples: int = 4096         # generated, 4 times as many for the base; a file gives all
     base_steps: int = 1600             # steps of supervised fine-tuning
     base_batch: int = 32               # rows per step
     base_lr: float = 3e-3              # up for a tenth of the steps, then down to zero
@@ -89,6 +89,7 @@ def base_folder(cfg, block: int, make, rebuild: bool = False) -> str:
     task, some = TASKS[cfg.task], load_examples(cfg.task, 16, cfg.seed, "train")
     corpus = [(prompt_for(cfg.task, ex, "bare"), gold_completion(cfg.task, ex, "bare"),
                task.lazy(ex, random.Random(0))) for ex in some]        # a task edited is another
+    need(all(isinstance(lazy, str) for *_, lazy in corpus), f"task {cfg.task}: lazy is no text")
     knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k.startswith("base_")
              or k in ("task", "seed", "completion_length", "train_examples")}
     knobs |= {"block": block, "corpus": corpus, "words": task.words}

@@ -52,7 +52,9 @@ def cause(rows: list[dict], unfinished: float) -> str:
     if never("solved"):
         return ("no answer was right: is the task too hard for the model, or has --data answers in "
                 "another form? python eval.py --model MODEL --limit 20 shows some")
-    if never("passes") and never("grad_norm"):
-        return ("the rewards of each group are all equal, nothing to learn from: a higher "
-                "--temperature, more --completions, harder or easier examples may help")
+    idle = sum(float(row["passes"]) == 0 == float(row["grad_norm"]) for row in rows)
+    if idle >= len(rows) / 2:
+        return (f"in {idle} of {len(rows)} steps the rewards of each group are all equal, nothing "
+                "to learn from: a higher --temperature, more --completions, other examples, or in "
+                "`parts` of a task of your own credit for half an answer may help")
     return ""

@@ -387,7 +387,7 @@ def test_what_a_cache_goes_with():
     ("--cache dual --controller threshold", "controller"),
     ("--importance-level step", "--cache prefix or dual"), ("--importance-cap 2", "importance-cap"),
     ("--cache dual --timesteps batch", "independent"), ("--cache dual --sft gold", "--sft"),
-    ("--cache dual --preset official", "last_step"), ("--cache dual --method diffpo", "shrink 1"),
+    ("--cache dual --preset paper", "last_step"), ("--cache dual --method diffpo", "shrink 1"),
     ("--method tracerl --shrink 1 --importance-cap 2", "--importance-cap"),
     ("--cache dual --position-term on --importance-level step", "position-term off"),
     ("--cache dual --position-term on --importance-cap 0", "position-term off")])

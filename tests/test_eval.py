@@ -66,11 +66,11 @@ def test_pass_at_k_majority_and_shares_by_hand():
             and result["tokens_per_nfe"] == 1.5
             and result["completions"][:3] == ["0", "0", "9"]
         )
-        assert result["pass_at_k"]["ci95"] == evaluation.wilson(3, 4)
-        assert result["ci95"] == evaluation.bootstrap([2 / 3, 1 / 3, 1 / 3, 0])
+        assert result["pass_at_k"]["ci95"] == completions.wilson(3, 4)
+        assert result["ci95"] == completions.bootstrap([2 / 3, 1 / 3, 1 / 3, 0])
     one = evaluation.evaluate(said, "gsm8k", EXAMPLES)
-    assert (
-        one["solved"] == 1 / 4 and one["ci95"] == evaluation.wilson(1, 4) and "majority" not in one)
+    assert one["solved"] == 1 / 4 and one["ci95"] == completions.wilson(1, 4)
+    assert "majority" not in one
 
 
 def test_files_say_with_what_they_were_made_and_a_change_of_it_is_noted(tiny, capsys):
@@ -121,10 +121,10 @@ def test_a_line_that_holds_no_completion_is_refused(tiny, name, value, capsys):
 def test_intervals_hold_what_they_promise():
     """Wilson at 30 of 100 from its defining equation; a bootstrap of 400 shares against the normal
     interval, within 10 %."""
-    for end in evaluation.wilson(30, 100):
+    for end in completions.wilson(30, 100):
         assert abs(end - 0.3) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 100), rel=1e-9)
     values = [0.0] * 280 + [1.0] * 120
-    low, high = evaluation.bootstrap(values)
+    low, high = completions.bootstrap(values)
     assert (high - low) / 2 == pytest.approx(
         1.96 * math.sqrt(0.3 * 0.7 / 400), rel=0.1) and low < 0.3 < high
 
@@ -313,6 +313,16 @@ def test_regrade_agrees_with_the_grades_that_were_saved_and_finds_a_changed_one(
         evaluation.main(["--regrade", "e.jsonl", "--task", "math"]) == 2
         and "sudoku" in capsys.readouterr().err
     )
+
+
+def test_regrade_of_several_samples_shows_what_the_evaluation_did(tiny, capsys):
+    flags = "--limit 6 --steps 4 --samples 4 --temperature 1 --out e.jsonl"
+    assert evaluation.main([*TINY, *flags.split()]) == 0
+    header, made, *_ = (line.split("  ") for line in capsys.readouterr().out.splitlines()[-3:])
+    assert evaluation.main(["--regrade", "e.jsonl"]) == 0
+    again = capsys.readouterr().out
+    words = [cell.strip() for cell in made if "%" in cell]     # share, pass@k, majority, cells
+    assert len(words) == 5 and [w for w in words if w not in again] == []
 
 
 def test_regrade_reads_published_generations(here, capsys):

@@ -1,5 +1,5 @@
-"""Protects the check that is run where a GPU is: every line of it, on the CPU, without the packages
-that such a machine may lack. Run: pytest tests/test_gpu.py --all"""
+"""Protects the check that is run where a GPU is: every line of it, on the CPU, without tyro and
+math-verify. Run: pytest tests/test_gpu.py --all"""
 import json
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT = "tyro", "math_verify", "pebble"
+WITHOUT = "tyro", "math_verify"
 
 
 @pytest.mark.whole

@@ -1,4 +1,4 @@
-"""Protects the house: who imports whom, agrpo.py alone in an empty folder, sizes.
+"""Protects the layout: who imports whom, agrpo.py alone in an empty folder, sizes.
 Run: pytest tests/test_house.py"""
 import ast
 import dataclasses
@@ -65,7 +65,7 @@ def within(name, places):
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_one_way(name, graph):
     room = name.split(".")[0]
-    assert room in MAY_IMPORT, f"{name}: no room of the house"
+    assert room in MAY_IMPORT, f"{name}: in no known place"
     wrong = [other for other in graph[name] if not within(other, MAY_IMPORT[room])]
     assert not wrong, f"{name} imports {', '.join(wrong)}"
 

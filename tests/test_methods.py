@@ -1051,7 +1051,7 @@ def test_the_published_settings_of_a_method_come_with_its_name_and_flags_win():
 
 
 @pytest.mark.parametrize("flags, name", [
-    ("", "sudoku-agrpo-seed0"), ("--preset official", "sudoku-official-seed0"),
+    ("", "sudoku-agrpo-seed0"), ("--preset paper", "sudoku-paper-seed0"),
     ("--sft gold --seed 2", "sudoku-sft-seed2"),
     ("--method dipo --model tiny-block", "sudoku-tiny-block-dipo-seed0"),
     ("--method tracerl --value-model on", "sudoku-tracerl-value-seed0"),
@@ -1112,9 +1112,9 @@ BAD = [
     ("--curriculum solve_rate --grow-at 0.5", "with lengths"), ("--grow-after 3", "with lengths"),
     ("--model-block 4", "tiny-block"),
     ("--method diffpo --mc-steps 2", "--method agrpo"),
-    ("--method diffpo --preset official", "its own --method"),
+    ("--method diffpo --preset paper", "its own --method"),
     ("--model tiny-block --block-length 8", "blocks of 4"),
-    ("--model tiny-block --task gsm8k", "sudoku and story"),
+    ("--model tiny-block --task gsm8k", "sudoku, story, formula"),
     ("--model tiny-block --eval-steps 16", "20, 10, 5"),
     ("--sft gold --value-model on --method tracerl", "--sft"), ("--sft .", "--sft"),
     ("--sft nowhere.jsonl", "--sft"), ("--sft bad.jsonl", "bad.jsonl:2"),

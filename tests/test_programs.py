@@ -5,9 +5,8 @@ import random
 
 import pytest
 
-import eval as evaluation
 from rewards import TASKS, BadInput, gold_completion, grade, prompt_for, reward_parts
-from support import data, programs
+from support import completions, data, programs
 
 PROBLEMS = [  # name, parameters, right, wrong, calls with their results
     ("add", "a, b", "a + b", "a - b", "(1, 2) == 3; (2, 5) == 7; (0, 0) == 0"),
@@ -173,5 +172,5 @@ def test_pass_at_k_is_without_bias():
     right = [1, 0, 0, 1, 0]
     for k in range(1, 6):
         chosen = list(itertools.combinations(right, k))
-        assert evaluation.pass_at(k, sum(right), len(right)) == pytest.approx(
+        assert completions.pass_at(k, sum(right), len(right)) == pytest.approx(
             sum(map(any, chosen)) / len(chosen), abs=1e-12)

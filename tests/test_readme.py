@@ -119,6 +119,12 @@ def test_a_recipe_runs_as_a_file(name, here, quick):
     assert ("2 training steps" if name in TRAINS else said) in done.stdout
 
 
+def test_the_puzzle_of_the_sampler_alone_can_be_solved():
+    puzzle, = re.findall(r'"puzzle": "([0-4]{16})"', RECIPES["sample"])
+    answer, = re.findall(r"# ([1-4]{16}), which is right", RECIPES["sample"])
+    assert rewards.grade("sudoku", answer, {"puzzle": puzzle, "solution": answer}) == 1
+
+
 def test_recipes_are_a_task_a_method_and_more():
     assert {"sort_digits", "every_other"} <= set(TRAINS) and "sample" in RECIPES
     for name, block in RECIPES.items():

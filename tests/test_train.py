@@ -454,16 +454,16 @@ def test_stop_signals_leave_a_checkpoint_and_resume(here, quick):
         assert weights_of(name)["step"] == done + 1
 
 
-def test_the_official_preset_is_the_published_estimator_and_flags_win(here, quick):
-    cfg, _ = evaluation.parse(["--preset", "official", "--mc-steps", "3"])
+def test_the_paper_preset_is_the_published_estimator_and_flags_win(here, quick):
+    cfg, _ = evaluation.parse(["--preset", "paper", "--mc-steps", "3"])
     assert (cfg.unmasking, cfg.timesteps, cfg.normalizer, cfg.advantage, cfg.mc_steps) == (
         "random", "low_discrepancy", "last_step", "mean", 3)
-    assert cfg.name == "sudoku-official-seed0"
-    assert agrpo.main([*quick, "--preset", "official", "--max-steps", "2"]) == 0
+    assert cfg.name == "sudoku-paper-seed0"
+    assert agrpo.main([*quick, "--preset", "paper", "--max-steps", "2"]) == 0
     # the preset is remembered
-    assert agrpo.main(["--name", "sudoku-official-seed0", "--resume", "--max-steps", "3"]) == 0
+    assert agrpo.main(["--name", "sudoku-paper-seed0", "--resume", "--max-steps", "3"]) == 0
     assert (
-        files.read_json(Path("runs/sudoku-official-seed0/config.json"))["timesteps"]
+        files.read_json(Path("runs/sudoku-paper-seed0/config.json"))["timesteps"]
         == "low_discrepancy"
     )
 
@@ -700,7 +700,7 @@ IDLE = {                               # under which flags a setting does not ac
     "--controller-training joint": ["--controller", "threshold", "--controller-training", "alone"],
     "generated examples, not with --data": ["--task", "gsm8k", "--model", "small", "--data",
                                             "gsm8k.jsonl"]}
-VALUES = {"preset": "official", "kl": "0.1", "system_prompt": "x", "reward_weights": "correct=1"}
+VALUES = {"preset": "paper", "kl": "0.1", "system_prompt": "x", "reward_weights": "correct=1"}
 ACT = [["--mc-steps", "8"], ["--method", "exact", "--inner-epochs", "2", "--clip", "0.3"],
        ["--unmasking", "plackett_luce", "--tau-pos", "2", "--order-score", "neg_entropy"],
        ["--unmasking", "threshold", "--threshold", "0.5"], ["--kl", "0.1"],

@@ -12,8 +12,8 @@
                                                   (CPU, a minute)
     python tests/measure/bench.py runs runs/*     what finished runs with and without --cache
                                                   learned, and in which time: assets/cache.csv
-    python tests/measure/bench.py tables          the README's tables from assets/bench-*.csv and
-                                                  assets/cache.csv
+    python tests/measure/bench.py tables          tables of assets/README.md from bench-*.csv
+                                                  and cache.csv
 
 Random weights, adapters of rank 64 but for tiny. Ratios are to the plain recipe, as published for
 LLaDA: logits of every position, float64 Gumbel noise on all of them, no row leaves, K separate

@@ -1,6 +1,6 @@
 """Does everything work on a GPU, and how fast is it? The most important parts first.
 
-    python tests/measure/gpu.py [--minutes 8] [--out FOLDER]      about 8 minutes, 80 GB
+    python tests/measure/gpu.py [--minutes 8] [--out FOLDER]      about 8 minutes, 50 GB
     python tests/measure/gpu.py --device cpu --small              the same lines on the CPU
 
     same      rollouts on the GPU are the CPU's; log-probs scored again are those recorded
@@ -13,7 +13,7 @@
     compile   the smallest of these and the first under torch.compile
 
 Each part is caught and reported apart. Figures are printed as they come, and stand in gpu.json and
-gpu.csv of the folder ($OUT, or this one) after each. The last lines are a table. Exit code 1: a
+gpu.csv of --out after each. The last lines are a table. Exit code 1: a
 check failed. It needs neither tyro nor math-verify.
 """
 import argparse
@@ -187,7 +187,7 @@ def cached_or_not(report, device, small):
         inside = alone.isfinite()
         close(report, "left-padded rows: log-probs alone", together[inside], alone[inside])
 
-STEPS = {"agrpo": {}, "official": {"preset": "official"}, "exact": {"method": "exact"},
+STEPS = {"agrpo": {}, "paper": {"preset": "paper"}, "exact": {"method": "exact"},
          "KL": {"kl": 0.04, "inner_epochs": 2}, "diffu-grpo": {"method": "diffu-grpo"},
          "diffpo": {"method": "diffpo"}, "dipo": {"method": "dipo", "model": "tiny-block"},
          "controller": {"method": "diffpo", "controller": "threshold"},
@@ -453,7 +453,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="no part begins after these")
-    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="folder of the results")
+    parser.add_argument("--out", default=".", help="folder of the results")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="small shapes")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)

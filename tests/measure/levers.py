@@ -4,8 +4,8 @@
 
 Each run has the same processor time of rollout and update on one thread (other work on the machine
 does not count), from the same base model of its seed; all but what an arm names is the laptop's
-default. Held-out shares: 256 examples, greedy, one token a step, by low confidence, of Sudoku at
-the end left to right, too. Rows go to assets/levers.csv after every run, and a run that is there is
+default. Held-out shares: 256 examples, greedy, one token a step, by low confidence, Sudoku at
+the end also left to right. Rows go to assets/levers.csv after every run, and a run that is there is
 not made again. The table: python tests/measure/tables.py.
 """
 

@@ -23,7 +23,7 @@ SHORT = ["--device", "cpu", "--seed", "0", "--max-steps", "6", "--prompts", "4",
 TINY = [*SHORT, "--base-steps", "300", "--train-examples", "256"]
 RUNS = {
     "default": TINY,
-    "official": [*TINY, "--preset", "official"],
+    "paper": [*TINY, "--preset", "paper"],
     "blocks": [*TINY, "--unmasking", "low_confidence", "--block-length", "4", "--top-k", "5",
                "--top-p", "0.9", "--inner-epochs", "2", "--mc-steps", "2"],
     "exact": [*TINY, "--method", "exact", "--task", "story"],

@@ -1,4 +1,4 @@
-"""What the README says of variance and bias, measured: CSV and figures in assets/, in minutes.
+"""What assets/README.md says of variance and bias, measured: CSV and figures, in minutes.
 
     python tests/measure/study.py [variance_study] [bias_study] [total_error_study] [method_study]
                                   [drawn_threshold_study] [cache_study]       none named: all

@@ -136,7 +136,7 @@ def results() -> str:
             "at half of the steps",
             "at a quarter",
             "seeds",
-            "n each",
+            "examples",
             "minutes of rollout and update",
             "command",
         ],
@@ -232,8 +232,8 @@ METHODS = {  # paper; states of a completion that are scored; what is scored on 
     "agrpo": ("2510.04019", "x_t of K drawn steps", "what step t revealed, and its order"),
     "exact": ("", "x_t of every step", "the same"),
     "tracerl": ("2509.06949", "the first of every `--shrink` steps", "what these steps revealed"),
-    "dipo": ("2512.22234", "j-th steps of all blocks, packed", "what these steps revealed"),
-    "diffpo": ("2510.02212", "all MASK; x_s of a random step s", "before s revealed; the rest"),
+    "dipo": ("2512.22234", "step j of every block, packed", "what these steps revealed"),
+    "diffpo": ("2510.02212", "all MASK; x_s of a random s", "what steps < s revealed; the rest"),
     "diffu-grpo": ("2504.12216", "all MASK, a noisy prompt", "all tokens up to the end"),
 }
 
