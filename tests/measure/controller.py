@@ -65,7 +65,8 @@ def frontier(folders: list, evaluations: list):
         ):
             x, y = [r[0] for r in sorted(rows)], [r[1] for r in sorted(rows)]
             axis.plot(x, y, color=colour, marker=marker, lw=1.5)
-            figures.label_end(axis, x[-1], y[-1], name, colour)
+            lower = 5 * name.startswith("model, then")         # it ends where another does
+            figures.label_end(axis, x[-1], y[-1] - lower, name, colour)
         axis.margins(x=0.3)
         axis.set_xscale("log")
         axis.set_xticks([1, 2, 4, 8, 16], labels=["1", "2", "4", "8", "16"])

@@ -7,7 +7,7 @@
    steps is from the exact sum over all of them, for every row of TIMESTEPS, on a table denoiser of
    6 positions and on the tiny Sudoku model. From the Gram matrix of the gradients of single steps,
    so that hundreds of draws cost nothing.
-2. Bias: by full enumeration of 20 random table denoisers in 8 settings, the expected gradient
+2. Bias: by full enumeration of 20 random table denoisers in 9 settings, the expected gradient
    against autograd of the exact expected reward for every row of UNMASK, with and without the
    position term; then bias and variance together.
 3. Methods: the same for every row of METHODS, each at its best scale, with its variance times its
@@ -278,7 +278,7 @@ def bias_study():
             )
     write("bias.csv", rows)
     print(
-        "\nexpected gradient against autograd of the exact E[R], relative error over 8 settings "
+        "\nexpected gradient against autograd of the exact E[R], relative error over 9 settings "
         "x 20 denoisers"
     )
     print(tables.bias())
