@@ -72,7 +72,7 @@ def generator(*key) -> torch.Generator:
 
 # ---------------------------------------------------------------- the denoiser and its token law
 class Policy(torch.nn.Module):
-    """A denoiser: rollout and step_logp ask for mask_id, eos_id, `blocks` and `logits` alone."""
+    """A denoiser: what rollout and step_logp ask is its ids, `blocks` and `logits`."""
     def __init__(self, model, mask_id: int, eos_id: int, shift=False):         # shift: Dream's
         super().__init__()
         self.model, self.mask_id, self.eos_id = model.eval(), mask_id, eos_id  # no dropout
@@ -125,7 +125,6 @@ class Law:
     support (n, k) ids, V = none: the top-k, then top-p (the token that crosses p stays in), or
     the rollout's, given for all positions or the `known` (n,) bool. None: everything. p (n, k):
     the probabilities, without a gradient. Temperature 0: all on the likeliest token."""
-
     def __init__(self, logits, cfg: Config, support=None, known=None):
         V, self.tau, self.logits = logits.shape[1], cfg.temperature or 1.0, logits
         if cfg.temperature == 0:
@@ -422,7 +421,8 @@ def steps_inside(traj: Trajectory, cfg: Config) -> Tensor:
 
 def views_where(weight, traj: Trajectory, cfg: Config, mask_id: int) -> Views:
     """weight (N, T) -> the visited states where it is not zero."""
-    row, step = weight.expand_as(traj.entropy).nonzero(as_tuple=True)
+    assert weight.shape == traj.entropy.shape, f"weight {[*weight.shape]} is not (N, T)"
+    row, step = weight.nonzero(as_tuple=True)
     row, step, weight = (x.to(traj.tokens.device) for x in (row, step, weight[row, step]))
     return make_views(traj, row, step, *state_at(traj, row, step, mask_id), cfg, traj.old, weight)
 

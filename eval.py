@@ -139,8 +139,8 @@ def settings_of(given: dict, flags) -> tuple:
     cfg, fixed = settle(given, {"temperature"}), given
     shape = {"completion_length": known.get("eval_length") or known.get("completion_length"),
              "block_length": known.get("eval_block_length") or known.get("block_length"),
-             "eval_steps": known.get("eval_steps"), "data": known.get("test_data")}
-    if known.get("task") == task and [type(x) for x in shape.values()] == [int, int, str, str]:
+             "eval_steps": known.get("eval_steps")}
+    if known.get("task") == task and [type(x) for x in shape.values()] == [int, int, str]:
         fixed = {**shape, **whole, **given}                    # as it was evaluated in training
     cfg = options.with_model(dataclasses.replace(cfg, **fixed, rollout_batch=flags.batch), fixed)
     cfg = dataclasses.replace(options.for_evaluation(cfg), **given, **whole)
@@ -167,9 +167,12 @@ def run(given: dict, flags) -> int:
     n = flags.limit or (512 if TASKS[cfg.task].generate and not cfg.data else 0)
     examples = load_examples(cfg.task, n, 0, "test", cfg.data, flags.skip_bad_examples)
     try_task(cfg.task, examples[0])
-    learned = options.saved_settings(cfg.model).get("task", cfg.task)
-    if learned != cfg.task:
-        say(f"note: {cfg.model} has learned {learned}, not {cfg.task}")
+    known = options.saved_settings(cfg.model)
+    if known.get("task", cfg.task) != cfg.task:
+        say(f"note: {cfg.model} has learned {known['task']}, not {cfg.task}")
+    elif known.get("test_data") and not cfg.data:
+        say(f"note: in training --test-data {known['test_data']} was held out; --data FILE tells "
+            "what to evaluate on")
     if seen := trained_on(cfg, examples):
         say(f"note: the model was trained on {seen} of these {len(examples)} examples")
     check_prompts(dataclasses.replace(cfg, completion_length=max(shapes)[0]), examples)

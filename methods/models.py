@@ -134,7 +134,7 @@ def check_prompts(cfg, examples: list) -> tuple:
          f"to {int(ids.max())}, its config.json has {config.vocab_size}")
     longest, room = max(cfg.completion_length, cfg.eval_length), config.max_position_embeddings
     need(length + longest <= room, f"the longest prompt has {length} tokens, a completion "
-         f"{longest}; the context is {room}: a smaller --completion-length or shorter prompts fit")
+         f"{longest}; the context is {room}: shorter completions or prompts fit")
     return about, tokenizer, (length, int(prompt_mask.sum(1).double().mean()))
 
 def generate(policy, tokenizer, examples: list, keys: list, cfg) -> tuple:

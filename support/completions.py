@@ -94,12 +94,16 @@ def pass_at(k: int, right: int, n: int) -> float:
     (0.25, 0.5)"""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
-def bootstrap(values: list, draws: int = 2000) -> list[float]:
-    """95 % interval of a mean, its examples drawn again with replacement: [low, high].
-    >>> bootstrap([0.5] * 10)
-    [0.5, 0.5]"""
-    drawn = np.random.default_rng(0).choice(np.asarray(values, float), (draws, len(values)))
-    return [float(x) for x in np.percentile(drawn.mean(1), [2.5, 97.5])]
+def bootstrap(right: list, of: list, draws: int = 2000) -> list[float]:
+    """95 % interval of a share, `right` of so many samples of each example, which are drawn again
+    with replacement: [low, high]. Where their shares are all equal, wilson of the examples.
+    >>> [round(x, 2) for x in bootstrap([1, 3, 0, 2], [4, 4, 4, 4])]
+    [0.12, 0.62]"""
+    right, of, n = np.asarray(right, float), np.asarray(of, float), len(right)
+    if len(set(right / of)) == 1:
+        return wilson(n * right[0] / of[0], n)
+    drawn = np.random.default_rng(0).integers(n, size=(draws, n))
+    return [float(x) for x in np.percentile(right[drawn].sum(1) / of[drawn].sum(1), [2.5, 97.5])]
 
 def grade_row(task: str, completion: str, example: dict) -> dict:
     """What is kept of a completion: itself, the answer read from it (None if none), grades."""
@@ -111,7 +115,7 @@ def grade_row(task: str, completion: str, example: dict) -> dict:
     return row
 
 def shares(task: str, rows: list[dict]) -> dict:
-    """rows of grade_row, with the `index` of their example -> solved (share of grade 1) with ci95,
+    """rows of grade_row, with an `index` of their example -> solved (share of grade 1) with ci95,
     n (completions), grade (mean), beside (mean of the task's second grade); of k samples each also
     k, pass_at (of fewer), pass_at_k (an example counts if any is right) and majority (if the most
     frequent answer is), with their ci95."""
@@ -120,8 +124,7 @@ def shares(task: str, rows: list[dict]) -> dict:
         by_example.setdefault(str(row["index"]), []).append(row)
     groups = list(by_example.values())
     right, n = [sum(row["grade"] == 1 for row in g) for g in groups], len(rows)
-    ci95 = wilson(sum(right), n) if n == len(groups) else bootstrap(
-        [r / len(g) for r, g in zip(right, groups)])
+    ci95 = wilson(sum(right), n) if n == len(groups) else bootstrap(right, list(map(len, groups)))
     result = {"solved": sum(right) / n, "n": n, "ci95": ci95,
               "grade": sum(row["grade"] for row in rows) / n}
     if TASKS[task].beside:
@@ -169,8 +172,8 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
     for number, row in enumerate(rows, start=1):
         try:
             example = row["example"] if "example" in row else TASKS[task].row(row)
-            new = {"index": number, **row, **grade_row(task, row["completion"], example),
-                   "example": example}
+            new = {**row, **grade_row(task, row["completion"], example), "example": example}
+            index = [row["index"], example] if type(row.get("index")) is int else number
             was, shape = float(row.get("grade", new["grade"])), (
                 str(row.get("length", "")), str(row.get("steps", "")))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -179,16 +182,16 @@ def regrade(path: Path, task: str, out: str, overwrite: bool) -> int:
         if was != new["grade"]:
             changed.append(f"  completion {number}: {was:g} -> {new['grade']:g}, answer "
                            f"read: {str(new['answer'])[:80]!r}")
-        groups.setdefault(shape, []).append(new)
+        groups.setdefault(shape, []).append((new, index))
     lines = []
     for (length, steps), graded in groups.items():
-        result = shares(task, graded)
+        result = shares(task, [{**row, "index": index} for row, index in graded])
         lines.append({"length": length, "steps": steps, "n": result["n"],
-                      "solved": sum(row["grade"] == 1 for row in graded),
+                      "solved": sum(row["grade"] == 1 for row, _ in graded),
                       "share (95 % interval)": percent(result), **more_columns(task, result)})
     print(table(lines), *changed[:20], sep="\n")
     if out:
-        kept = sum(groups.values(), [{"settings": settings}])
+        kept = [{"settings": settings}, *(row for graded in groups.values() for row, _ in graded)]
         write_atomically(Path(out), lambda f: f.writelines(
             (json.dumps(row) + "\n").encode() for row in kept))
     return 0

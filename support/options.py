@@ -130,7 +130,7 @@ def subset(owners: list[type], names: tuple, defaults: dict) -> type:
     fields = []
     for owner in owners:
         meaning = dict(re.findall(r"^    (\w+): .*?# ([^[\n]+)", inspect.getsource(owner), re.M))
-        fields += [(f.name, Annotated[f.type, arg(help=meaning[f.name])],
+        fields += [(f.name, Annotated[f.type, arg(help=meaning[f.name].strip())],
                     defaults.get(f.name, f.default))
                    for f in dataclasses.fields(owner) if f.name in names]
     return dataclasses.make_dataclass("Sampling", fields, frozen=True)

@@ -68,6 +68,7 @@ PRESETS = {                            # --preset: what it changes for every mod
     "paper": ({"unmasking": "random", "timesteps": "low_discrepancy", "mc_steps": 2,
                "normalizer": "last_step", "advantage": "mean"}, PAPER),
     "justgrpo": ({"method": "exact", "unmasking": "left_to_right", "advantage": "std"}, JUST)}
+PRESETS["official"] = PRESETS["paper"]  # its first name: such runs resume
 SFT = {                                # --sft: tiny models, others
     True: {"lr": 1e-3, "max_steps": 400, "prompts": 32, "warmup": 40, "decay_steps": 400},
     False: {"lr": 1e-5, "max_steps": 1000, "prompts": 16, "warmup": 20, "decay_steps": 1000,

@@ -247,8 +247,9 @@ def opening(cfg, policy, examples: int, heldout: int, folder: Path) -> str:
     return (f"{cfg.model} model of {size:.2f} M parameters{part}; {cfg.task}: {examples} "
             f"{'answers to learn' if cfg.sft else 'examples'}, {heldout} held out; {folder} "
             "(log.csv: a row a step)" + ("" if cfg.sft else
-            f"\na step: {cfg.prompts} x {cfg.completions} completions sampled in {cfg.steps} "
-            f"denoising steps, rewards up to {most:g}; heldout: greedy, half of those held out"))
+            f"\na step: {cfg.prompts} x {cfg.completions} completions, sampled; the parts of the "
+            f"reward weigh {most:g} in all" + "; heldout: greedy, on half of those held out" * bool(
+                cfg.eval_every)))
 
 # ---------------------------------------------------------------------------------------- results
 def percent(result: dict) -> str:
@@ -258,7 +259,8 @@ def percent(result: dict) -> str:
 
 def table(rows: list[dict]) -> str:
     """A plain table, columns as wide as their widest cell."""
-    cells = [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
                      for row in cells)

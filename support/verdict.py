@@ -35,10 +35,10 @@ def verdict(rows: list[dict], unfinished: list[float]) -> str:
             f" (last {len(rows) // 2}), change {r1 - r0 - r:+.2f} to {r1 - r0 + r:+.2f} (95 %); "
             f"solved {100 * s0:.1f} -> {100 * s1:.1f} %, change {100 * (s1 - s0 - s):+.1f} to "
             f"{100 * (s1 - s0 + s):+.1f}")
-    why = "" if rises else cause(rows, statistics.mean(unfinished or [0.0]))
+    why = "" if rises else cause(rows, statistics.mean(unfinished or [0.0]), r0 - r1 > r)
     return "".join(f"{line}\n" for line in (text, why) if line)
 
-def cause(rows: list[dict], unfinished: float) -> str:
+def cause(rows: list[dict], unfinished: float, falls: bool) -> str:
     """Why the rewards teach nothing; "" where they may."""
     def never(name):
         return all(float(row[name]) == 0 for row in rows)
@@ -53,7 +53,7 @@ def cause(rows: list[dict], unfinished: float) -> str:
         return ("no answer was right: is the task too hard for the model, or has --data answers in "
                 "another form? python eval.py --model MODEL --limit 20 shows some")
     idle = sum(float(row["passes"]) == 0 == float(row["grad_norm"]) for row in rows)
-    if idle >= len(rows) / 2:
+    if idle >= len(rows) / 2 and not falls and change(rows, "solved")[1] < 0.9:
         return (f"in {idle} of {len(rows)} steps the rewards of each group are all equal, nothing "
                 "to learn from: a higher --temperature, more --completions, other examples, or in "
                 "`parts` of a task of your own credit for half an answer may help")

@@ -3,6 +3,7 @@ continued, graded again), its command line. Run: pytest tests/test_eval.py"""
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_pass_at_k_majority_and_shares_by_hand():
             and result["completions"][:3] == ["0", "0", "9"]
         )
         assert result["pass_at_k"]["ci95"] == completions.wilson(3, 4)
-        assert result["ci95"] == completions.bootstrap([2 / 3, 1 / 3, 1 / 3, 0])
+        assert result["ci95"] == completions.bootstrap([2, 1, 1, 0], [3, 3, 3, 3])
     one = evaluation.evaluate(said, "gsm8k", EXAMPLES)
     assert one["solved"] == 1 / 4 and one["ci95"] == completions.wilson(1, 4)
     assert "majority" not in one
@@ -124,7 +125,7 @@ def test_intervals_hold_what_they_promise():
     for end in completions.wilson(30, 100):
         assert abs(end - 0.3) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 100), rel=1e-9)
     values = [0.0] * 280 + [1.0] * 120
-    low, high = completions.bootstrap(values)
+    low, high = completions.bootstrap(values, [1] * len(values))
     assert (high - low) / 2 == pytest.approx(
         1.96 * math.sqrt(0.3 * 0.7 / 400), rel=0.1) and low < 0.3 < high
 
@@ -315,6 +316,13 @@ def test_regrade_agrees_with_the_grades_that_were_saved_and_finds_a_changed_one(
     )
 
 
+def columns_of(text, n):
+    """The first rows of a printed table: [{name: cell}]."""
+    header, *rows = text.splitlines()[:n + 1]
+    at = [m.start() for m in re.finditer(r"\S+(?: \S+)*", header)] + [None]
+    return [{header[a:b].strip(): row[a:b].strip() for a, b in zip(at, at[1:])} for row in rows]
+
+
 def test_regrade_of_several_samples_shows_what_the_evaluation_did(tiny, capsys):
     flags = "--limit 6 --steps 4 --samples 4 --temperature 1 --out e.jsonl"
     assert evaluation.main([*TINY, *flags.split()]) == 0
@@ -323,6 +331,27 @@ def test_regrade_of_several_samples_shows_what_the_evaluation_did(tiny, capsys):
     again = capsys.readouterr().out
     words = [cell.strip() for cell in made if "%" in cell]     # share, pass@k, majority, cells
     assert len(words) == 5 and [w for w in words if w not in again] == []
+    rows = lines("e.jsonl")
+    half = [{**row, "steps": 2} for row in rows[1:4] + rows[5:7]]     # half done
+    others = [{**row, "index": 0, "steps": 1} for row in rows[1::4]]       # examples that share it
+    text = "".join(json.dumps(row) + "\n" for row in [rows[0], *half, *rows[1:], *others])
+    Path("more.jsonl").write_text(text)
+    assert evaluation.main(["--regrade", "more.jsonl"]) == 0
+    two, four, one = columns_of(capsys.readouterr().out, 3)
+    assert four == columns_of(again, 1)[0]
+    assert two["n"] == "5" and "%" in two["cells"] and two["majority"] == two["pass@2"] == ""
+    assert one["n"] == "6" and one["pass@4"] == ""             # a sample each, not six of one
+
+
+def test_the_interval_of_examples_with_more_samples_than_others():
+    rows = [{"index": i, "grade": 1.0, "answer": "1"} for i in range(30)] + [
+        {"index": 30, "grade": 0.0, "answer": "2"}] * 20
+    result = completions.shares("gsm8k", rows)
+    low, high = result["ci95"]
+    assert result["solved"] == 0.6 and low < 0.6 <= high and "k" not in result
+    wrong = completions.shares("gsm8k", [{"index": i // 4, "grade": 0, "answer": None}
+                                         for i in range(40)])
+    assert wrong["ci95"] == completions.wilson(0, 10)          # not 0 to 0
 
 
 def test_regrade_reads_published_generations(here, capsys):
@@ -400,7 +429,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, flags, word, capsys):
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before
 
 
-def test_a_model_of_another_task_is_named_and_its_own_held_out_file_is_used(here, quick, capsys):
+def test_a_model_of_another_task_and_a_file_held_out_in_training_are_named(here, quick, capsys):
     rows = data.load_examples("sudoku", 12, 7, "train")
     Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert agrpo.main([*quick, "--max-steps", "0", "--name", "m", "--data", "own.jsonl",
@@ -412,9 +441,10 @@ def test_a_model_of_another_task_is_named_and_its_own_held_out_file_is_used(here
     capsys.readouterr()
     flags = ["--model", "runs/m", "--steps", "4", "--device", "cpu"]
     assert evaluation.main([*flags, "--out", "e.jsonl"]) == 0
-    assert "has learned" not in capsys.readouterr().out
-    asked = {row["example"]["puzzle"] for row in lines("e.jsonl")[1:]}
-    assert asked == {row["puzzle"] for row in lines("other.jsonl")}
+    said = capsys.readouterr().out
+    assert "has learned" not in said and "--test-data other.jsonl was held out" in said
+    assert evaluation.main([*flags, "--data", "other.jsonl"]) == 0
+    assert "held out" not in capsys.readouterr().out
     assert evaluation.main([*flags, "--limit", "2", "--task", "countdown"]) == 0
     assert "note: runs/m/model has learned sudoku, not countdown" in capsys.readouterr().out
 

@@ -97,8 +97,9 @@ def test_without_a_gpu_sizes_are_those_of_one_night_without_a_cache(here):
     assert (cfg.cache, cfg.rollout_batch, cfg.tokens_per_pass) == ("none", 0, 0)
 
 
-def test_the_paper_preset_is_the_published_recipe(here):
-    cfg = settle({"task": "gsm8k", "preset": "paper", "device": "cpu"})
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_the_paper_preset_is_the_published_recipe(here, preset):
+    cfg = settle({"task": "gsm8k", "preset": preset, "device": "cpu"})
     assert (cfg.prompts, cfg.completions, cfg.completion_length, cfg.block_length, cfg.steps,
             cfg.mc_steps) == (16, 8, 384, 12, 128, 24)
     assert (cfg.temperature, cfg.top_k, cfg.top_p, cfg.lr, cfg.lora_rank, cfg.lora_alpha,
@@ -111,7 +112,7 @@ def test_the_paper_preset_is_the_published_recipe(here):
         "random", "low_discrepancy", "mean", "last_step", 0)
     at = options.for_evaluation(cfg)
     assert (at.completion_length, at.temperature, at.unmasking) == (256, 0, "low_confidence")
-    assert settle({"task": "gsm8k", "preset": "paper", "mc_steps": 2}).mc_steps == 2    # flags win
+    assert settle({"task": "gsm8k", "preset": preset, "mc_steps": 2}).mc_steps == 2    # flags win
 
 
 def test_the_justgrpo_preset_scores_every_step_of_a_left_to_right_rollout(
@@ -327,7 +328,9 @@ def rows(reward, solved=(0.5, 0.5), passes="9", **parts):
     (rows((1, 2), reward_answer=(0, 0)), 0.9, "the reward rises", 1),
     (rows((1, 1), passes="0"), 0, "in 20 of 20 steps", 2),
     (rows((1, 1), passes="0")[:10] + rows((1, 1))[10:], 0, "in 10 of 20 steps", 2),
-    (rows((1, 1), passes="0")[:9] + rows((1, 1))[9:], 0, "no change", 1)])
+    (rows((1, 1), passes="0")[:9] + rows((1, 1))[9:], 0, "no change", 1),
+    (rows((1, 1), (0.95, 0.95), passes="0"), 0, "no change", 1),       # most are right already
+    (rows((2, 1), passes="0"), 0, "the reward falls", 1)])
 def test_the_verdict_after_twenty_steps(log, unfinished, words, lines):
     said = verdict(log, [unfinished] * 20)
     assert words in said and len(said.splitlines()) == lines
