@@ -5,8 +5,8 @@ proportion to p (1 - p) (after arXiv 2502.12272), p the share of their own past 
 right. It needs prompts that come back: fewer examples than steps x prompts.
 Lengths such as 128,256,384: completions begin short and grow up to the last, which is
 --completion-length (TraceRL, arXiv 2509.06949, trains long reasoning in stages). Steps grow with
-them: as many tokens a step at all lengths. A completion without an end
-holds neither EOS nor an end of turn.
+them: as many tokens a step at all lengths. A completion without an end holds neither EOS nor an end
+of turn.
 The logged reward and solved share are those of the prompts drawn, at the length of the moment:
 across steps only `heldout` compares.
 """

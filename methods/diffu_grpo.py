@@ -3,10 +3,10 @@
 All tokens are scored at once on a completion that is all MASK. The prompt's tokens are masked at
 random, anew for every update: noise against overfitting where one rollout serves many of them.
 
-As published: one-step likelihood, prompt masking, advantage, clip 0.5, KL 0.04; with
-flags, d1's prompts (--prompt d1) and fine-tuning first (--sft). Different: one update a rollout
-where theirs makes 12 (--inner-epochs); log-probs under the sampler's temperature and support; KL of
-whole laws, not k3; no moving reference. Not here: its s1k data.
+As published: one-step likelihood, prompt masking, advantage, clip 0.5, KL 0.04; with flags, d1's
+prompts (--prompt d1) and fine-tuning first (--sft). Different: one update a rollout where theirs
+makes 12 (--inner-epochs); log-probs under the sampler's temperature and support; KL of whole laws,
+not k3; no moving reference. Not here: its s1k data.
 """
 import dataclasses
 

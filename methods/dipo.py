@@ -6,9 +6,9 @@ counted from the completion's, the replay would not be what the sampler saw. Dyn
 groups of equal rewards, which teach nothing, are replaced by those of other prompts.
 
 As published: block cache, packed passes, a mean over the batch's tokens, clip 0.2 and 0.28,
-advantage std, fine-tuning first. Different: no KL term unless asked for (--kl); where
-blocks begin; only whole blocks are denoised, so that a completion may take fewer calls than steps.
-Not here: its inference server.
+advantage std, fine-tuning first. Different: no KL term unless asked for (--kl); where blocks
+begin; only whole blocks are denoised, so that a completion may take fewer calls than steps. Not
+here: its inference server.
 """
 import dataclasses
 import functools

@@ -361,6 +361,11 @@ def job(here, monkeypatch):
                         lambda task, text, ex, weights: {"correct": float(sum(map(ord, text)) % 7)})
 
 
+def test_a_tiny_model_has_nothing_to_merge(here, capsys):
+    assert agrpo.main(["--merge", "new", "--device", "cpu"]) == 2
+    assert "tiny holds no adapter" in capsys.readouterr().err and not Path("new").exists()
+
+
 @pytest.mark.whole
 def test_a_run_with_adapters_resumes_to_the_bit_evaluates_merges_and_trains_on(job, capsys):
     assert agrpo.main([*JOB, "--name", "four", "--max-steps", "4"]) == 0

@@ -173,7 +173,7 @@ WORKS = {"question": lambda ex: ex["digits"], "gold": lambda ex: ex["digits"],
      {"parts": lambda text, ex: {"other": 1.0}}, {"answer": lambda text: text[100]},
      {"question": lambda ex: 7}, {"gold": lambda ex: None}, {"canonical": lambda ex: []},
      {"generate": lambda n, seed, split: []}, {"generate": lambda n, seed, split: None},
-     {"generate": None}, {"lazy": None}],
+     {"generate": None}, {"lazy": None}, {"lazy": lambda ex, rng: 7}],
     ids=lambda change: "-".join(change),
 )
 def test_a_task_that_cannot_work_is_one_line(change, here, quick, capsys, monkeypatch):

@@ -32,7 +32,7 @@ def denoised(model: str, cfg, examples: list) -> tuple:
     """Tokens as digits, and the step that revealed each: (n, 16) both."""
     policy, tokenizer = models.open_policy(dataclasses.replace(cfg, model=model))
     at = dataclasses.replace(options.for_evaluation(cfg), steps=16)
-    traj, _ = models.generate(policy, tokenizer, examples, [("film", i) for i in range(9)], at)
+    traj, _ = models.generate(policy, tokenizer, examples, [*range(len(examples))], at)
     return [[tokenizer.decode([t]) for t in row] for row in traj.tokens], traj.reveal_step.tolist()
 
 

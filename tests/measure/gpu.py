@@ -13,8 +13,8 @@
     compile   the smallest of these and the first under torch.compile
 
 Each part is caught and reported apart. Figures are printed as they come, and stand in gpu.json and
-gpu.csv of --out after each. The last lines are a table. Exit code 1: a
-check failed. It needs neither tyro nor math-verify.
+gpu.csv of --out after each. The last lines are a table. Exit code 1: a check failed. It needs
+neither tyro nor math-verify.
 """
 import argparse
 import contextlib
